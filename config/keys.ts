@@ -1,0 +1,41 @@
+/**
+ * The name of every key and channel that this project has in Redis, besides BullMQ's own (which live under the same
+ * prefix, one namespace for each queue). Orchestrator, workers and clients meet only here. Pure.
+ *
+ *   key                                   type     owner         what
+ *   <p>:workers                           hash     workers       worker id -> WorkerRecord (JSON); a dead one is removed by the orchestrator
+ *   <p>:runs                              set      client        ids of all runs that have a record
+ *   <p>:run:<run>                         hash     client, then orchestrator   spec, record (JSON)
+ *   <p>:run:<run>:control                 string   orchestrator  Control (JSON): epoch and what the workers are to do
+ *   <p>:run:<run>:wish                    string   client        'pause' | 'resume' | 'cancel': what the user asked for last
+ *   <p>:run:<run>:events                  stream   orchestrator  RunEvent (JSON in field `e`), bounded
+ *   <p>:control, <p>:wishes               channels               a run's id is published when its control / wish changes
+ *   <p>:x:<run>:shard:<step>:<shard>      string   workers       ShardResult (JSON) of a published gradient, written last
+ *   <p>:x:<run>:shard:<step>:<shard>:<i>  string   workers       chunk i of it (binary)
+ *   <p>:x:<run>:sum:<step>[:<i>]          string   workers       the same of a step's reduced gradient (ReduceResult)
+ * The <p>:x: keys lie in the Redis of the exchange, the others in the Redis of the queues.
+ */
+import type { QueueName } from './messages.ts';
+
+export interface Control {
+  readonly epoch: number;
+  /** `run`: go on. `yield`: stop at the next step boundary. `stop`: stop at the next microbatch (pause, cancel). */
+  readonly command: 'run' | 'yield' | 'stop';
+}
+
+export const keys = (prefix: string) => ({
+  workers: `${prefix}:workers`,
+  runs: `${prefix}:runs`,
+  run: (run: string) => `${prefix}:run:${run}`,
+  control: (run: string) => `${prefix}:run:${run}:control`,
+  wish: (run: string) => `${prefix}:run:${run}:wish`,
+  events: (run: string) => `${prefix}:run:${run}:events`,
+  controlChannel: `${prefix}:control`,
+  wishChannel: `${prefix}:wishes`,
+  shardGradient: (run: string, step: number, shard: number) => `${prefix}:x:${run}:shard:${step}:${shard}`,
+  reducedGradient: (run: string, step: number) => `${prefix}:x:${run}:sum:${step}`,
+  exchangeOf: (run: string) => `${prefix}:x:${run}:`,
+});
+
+/** The queue that only one worker serves. */
+export const workerQueue = (queue: Exclude<QueueName, 'runs'>, worker: string): string => `${queue}-${worker}`;

@@ -1,0 +1,112 @@
+/**
+ * Opens connections to Redis: the only file that imports ioredis. Finds the address (the configured one, else that of the
+ * embedded server in <home>/redis.json), sets the options that each purpose needs, and turns refusals into our errors.
+ */
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { Redis } from 'ioredis';
+import type { RedisOptions } from 'ioredis';
+import { NnError } from './errors.ts';
+import type { Config } from './schema.ts';
+
+export type { Redis };
+
+/** Where an embedded server can be reached; written by `cuda-nn up` with mode 0600. */
+export interface RedisAddresses {
+  readonly url: string;
+  readonly exchangeUrl: string;
+}
+
+export const addressFile = (config: Config): string => join(config.home, 'redis.json');
+
+/** The configured addresses, else the embedded server's. Throws REDIS_UNAVAILABLE if there is neither. */
+export function redisAddresses(config: Config): RedisAddresses {
+  const { url, exchangeUrl } = config.redis;
+  if (url !== '') return { url, exchangeUrl: exchangeUrl === '' ? url : exchangeUrl };
+  let text: string;
+  try {
+    text = readFileSync(addressFile(config), 'utf8');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+    throw new NnError('REDIS_UNAVAILABLE', `no Redis: nothing runs here (${addressFile(config)} is not there); start \`cuda-nn up\`, or set CUDA_NN_REDIS_URL`, {}, error);
+  }
+  return JSON.parse(text) as RedisAddresses;
+}
+
+/** An address without its password, for messages. */
+export function redactUrl(url: string): string {
+  return url.replace(/\/\/[^@/]*@/, '//***@').replace(/([?&]password=)[^&]*/, '$1***');
+}
+
+/**
+ * What a connection is for: `command` fails its commands after a bounded number of retries and a bounded wait;
+ * `blocking` (BullMQ workers, subscribers, stream readers) waits for Redis as long as it takes.
+ */
+export type Purpose = 'command' | 'blocking';
+
+/** Options for a connection to `url`: redis://, rediss:// (TLS), or unix:///path/to/socket?password=... */
+function connectionOptions(url: string, config: Config, purpose: Purpose): RedisOptions {
+  const parsed = new URL(url);
+  const options: RedisOptions = {
+    lazyConnect: true,
+    connectTimeout: config.redis.connectTimeoutMs,
+    maxRetriesPerRequest: purpose === 'blocking' ? null : 20,
+    enableReadyCheck: true,
+    retryStrategy: (attempt) => Math.min(config.redis.retryMaximumMs, 50 * 2 ** Math.min(attempt, 10)),
+  };
+  if (parsed.protocol === 'unix:') {
+    const password = parsed.searchParams.get('password');
+    return { ...options, path: parsed.pathname, ...(password === null ? {} : { password }) };
+  }
+  if (parsed.protocol !== 'redis:' && parsed.protocol !== 'rediss:') {
+    throw new NnError('USAGE', `the Redis address ${redactUrl(url)} must start with redis://, rediss:// or unix://`);
+  }
+  return {
+    ...options,
+    host: parsed.hostname.replace(/^\[|\]$/g, ''),
+    port: parsed.port === '' ? 6379 : Number(parsed.port),
+    ...(parsed.username === '' ? {} : { username: decodeURIComponent(parsed.username) }),
+    ...(parsed.password === '' ? {} : { password: decodeURIComponent(parsed.password) }),
+    ...(/^\/\d+$/.test(parsed.pathname) ? { db: Number(parsed.pathname.slice(1)) } : {}),
+    ...(parsed.protocol === 'rediss:' ? { tls: { servername: parsed.hostname } } : {}),
+  };
+}
+
+function refusal(error: Error, url: string): NnError {
+  const at = redactUrl(url);
+  if (/WRONGPASS|NOAUTH|invalid username-password|NOPERM/.test(error.message)) {
+    return new NnError('REDIS_AUTH', `Redis at ${at} refuses the user or password; check CUDA_NN_REDIS_URL`, {}, error);
+  }
+  return new NnError('REDIS_UNAVAILABLE', `Redis at ${at} cannot be reached (${error.message}); is it running?`, {}, error);
+}
+
+/** A connection that is not yet open (it opens at its first command) and never fails by an unhandled 'error' event. */
+export function openRedis(url: string, config: Config, purpose: Purpose, onError: (error: Error) => void = () => undefined): Redis {
+  const redis = new Redis(connectionOptions(url, config, purpose));
+  redis.on('error', onError);
+  return redis;
+}
+
+/**
+ * Connects once, within connectTimeoutMs, and checks that this Redis will do: reachable, password right, noeviction, and
+ * new enough. Throws REDIS_UNAVAILABLE, REDIS_AUTH or REDIS_POLICY. Called by every process before it does anything else.
+ */
+export async function checkRedis(url: string, config: Config): Promise<void> {
+  const redis = new Redis({ ...connectionOptions(url, config, 'command'), retryStrategy: () => null, maxRetriesPerRequest: 0 });
+  let last: Error | undefined;
+  redis.on('error', (error: Error) => {
+    last = error;
+  });
+  try {
+    await redis.connect();
+    const policy = /maxmemory_policy:(\S+)/.exec(await redis.info('memory'))?.[1];
+    if (policy !== 'noeviction') {
+      throw new NnError('REDIS_POLICY', `Redis at ${redactUrl(url)} has maxmemory-policy ${policy}, which may drop jobs; set it to noeviction`, { policy });
+    }
+  } catch (error) {
+    if (error instanceof NnError) throw error;
+    throw refusal(last ?? (error as Error), url);
+  } finally {
+    redis.disconnect();
+  }
+}

@@ -37,6 +37,7 @@ export const ERROR_KINDS = {
   REDIS_UNAVAILABLE: kind('retry', 4, 'Redis cannot be reached, and no redis-server is on the PATH to be started.'),
   REDIS_AUTH: kind('never', 4, 'Redis refuses the user or password.'),
   REDIS_POLICY: kind('never', 4, 'Redis may evict keys: its maxmemory-policy is not noeviction.'),
+  ALREADY_UP: kind('never', 3, 'Another `cuda-nn up` runs in this home directory.'),
   PORT_IN_USE: kind('never', 4, 'The port is taken by another process.'),
   DISK_FULL: kind('retry', 4, 'The disk is full; what was complete before is kept.'),
   COMPILER_MISSING: kind('never', 4, 'No C compiler was found to build the native library.'),

@@ -32,7 +32,7 @@ export const ERROR_KINDS = {
   RUN_NOT_FOUND: kind('never', 3, 'There is no run of that name.'),
   RUN_EXISTS: kind('never', 3, 'There is a run of that name already.'),
   RUN_STATE: kind('never', 3, 'The run is in a state in which this cannot be done.'),
-  FILE_NOT_FOUND: kind('never', 3, 'A file or directory is not there.'),
+  FILE_NOT_FOUND: kind('never', 3, 'A file or directory is not there, or may not be used.'),
   // The environment: 4
   REDIS_UNAVAILABLE: kind('retry', 4, 'Redis cannot be reached, and no redis-server is on the PATH to be started.'),
   REDIS_AUTH: kind('never', 4, 'Redis refuses the user or password.'),

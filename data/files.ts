@@ -1,0 +1,92 @@
+/**
+ * The few file operations that the formats of this folder share: positional reads that are complete or fail, writes that
+ * turn a full disk into DISK_FULL, and the sync-then-rename that makes a file complete or absent. Knows no format. Called
+ * by every reader and writer of data/.
+ */
+import { closeSync, fsyncSync, openSync, readSync, renameSync, writeSync } from 'node:fs';
+import { dirname } from 'node:path';
+import { NnError } from '../config/errors.ts';
+
+/** One system call moves at most this many bytes: Linux stops at 2 GiB - 4 KiB, Node at 2 GiB - 1. */
+const TRANSFER_BYTES = 1 << 30;
+
+/** The system's code of an error (`ENOENT`, ...), or undefined. */
+export const systemCode = (error: unknown): string | undefined => {
+  const code = (error as { code?: unknown } | null)?.code;
+  return typeof code === 'string' ? code : undefined;
+};
+
+/**
+ * An error of the file system as one of ours where it is an expected failure: a full disk or quota is DISK_FULL, a path
+ * that is missing or may not be used is FILE_NOT_FOUND. Anything else comes back as it is. `path` is named in the message.
+ */
+export function fileError(error: unknown, path: string): unknown {
+  switch (systemCode(error)) {
+    case 'ENOSPC':
+    case 'EDQUOT':
+      return new NnError('DISK_FULL', `${path}: the disk is full; nothing that was complete before is changed`, { path }, error);
+    case 'ENOENT':
+    case 'ENOTDIR':
+      return new NnError('FILE_NOT_FOUND', `${path}: no such file or directory`, { path }, error);
+    case 'EISDIR':
+      return new NnError('FILE_NOT_FOUND', `${path}: is a directory, but a file is wanted`, { path }, error);
+    case 'EACCES':
+    case 'EPERM':
+    case 'EROFS':
+      return new NnError('FILE_NOT_FOUND', `${path}: permission denied`, { path }, error);
+    default:
+      return error;
+  }
+}
+
+/** Runs file operations on `path`; what they throw becomes `fileError`. */
+export function onFile<Value>(path: string, work: () => Value): Value {
+  try {
+    return work();
+  } catch (error) {
+    throw fileError(error, path);
+  }
+}
+
+/** The bytes of a typed array, not copied. */
+export const bytesOf = (array: ArrayBufferView): Uint8Array => new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+
+/** Fills `into` from byte `position` of an open file. Returns the bytes read: fewer than asked only at the file's end. */
+export function readAt(descriptor: number, into: Uint8Array, position: number): number {
+  let done = 0;
+  while (done < into.length) {
+    const length = Math.min(into.length - done, TRANSFER_BYTES);
+    const read = readSync(descriptor, into, done, length, position + done);
+    if (read === 0) break;
+    done += read;
+  }
+  return done;
+}
+
+/** Writes all of `from` at byte `position`, or at the file's own position when that is null. */
+export function writeAll(descriptor: number, from: Uint8Array, position: number | null = null): void {
+  let done = 0;
+  while (done < from.length) {
+    const length = Math.min(from.length - done, TRANSFER_BYTES);
+    done += writeSync(descriptor, from, done, length, position === null ? null : position + done);
+  }
+}
+
+/** Makes a directory's entries durable: without it a rename may be lost with the power. */
+export function syncDirectory(directory: string): void {
+  const descriptor = openSync(directory, 'r');
+  try {
+    fsyncSync(descriptor);
+  } finally {
+    closeSync(descriptor);
+  }
+}
+
+/** Gives a synced file or directory its final name, atomically and durably. */
+export function publish(temporary: string, path: string): void {
+  renameSync(temporary, path);
+  syncDirectory(dirname(path));
+}
+
+/** A name from a file, quoted and cut, so that whatever it holds an error stays one short line. */
+export const quote = (name: string): string => JSON.stringify(name.length > 120 ? `${name.slice(0, 117)}...` : name);

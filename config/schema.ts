@@ -43,6 +43,7 @@ const schema = {
     concurrency: knob('Chunks under way at once', 'CUDA_NN_EXCHANGE_CONCURRENCY', 4, 1, 64),
     logBytes: knob('Bytes of reduced gradients kept for replicas that lag; a checkpoint is brought forward past it', 'CUDA_NN_EXCHANGE_LOG_BYTES', 1 << 30, 0, Number.MAX_SAFE_INTEGER),
     timeoutMs: knob('Deadline of one transfer of a chunk, milliseconds', 'CUDA_NN_EXCHANGE_TIMEOUT_MS', 30_000, 100, 3_600_000),
+    outageMs: knob('Longest outage of the exchange that a job waits for, milliseconds', 'CUDA_NN_EXCHANGE_OUTAGE_MS', 3_600_000, 100, 86_400_000),
   },
   worker: {
     heartbeatMs: knob('Milliseconds between heartbeats', 'CUDA_NN_HEARTBEAT_MS', 1_000, 50, 60_000),
@@ -50,7 +51,12 @@ const schema = {
     threads: knob('CPU threads of a worker; 0: all cores', 'CUDA_NN_THREADS', 0, 0, 1024),
     restartBackoffMs: knob('First pause before a dead worker is restarted, doubled each time, milliseconds', 'CUDA_NN_RESTART_BACKOFF_MS', 200, 1, 600_000),
     restartMaximumMs: knob('Longest such pause, milliseconds', 'CUDA_NN_RESTART_MAXIMUM_MS', 10_000, 1, 3_600_000),
+    healthyMs: knob('A worker that lived so long is restarted with the first pause again, milliseconds', 'CUDA_NN_HEALTHY_MS', 60_000, 1, 3_600_000),
     drainMs: knob('Grace for the job at hand on SIGTERM, milliseconds', 'CUDA_NN_DRAIN_MS', 20_000, 0, 3_600_000),
+    callTimeoutMs: knob('A compute thread without any sign of life for so long is taken for hung, milliseconds', 'CUDA_NN_CALL_TIMEOUT_MS', 900_000, 1_000, 86_400_000),
+    controlPollMs: knob('Milliseconds between looks at the control key, should its message be lost', 'CUDA_NN_CONTROL_POLL_MS', 1_000, 50, 60_000),
+    patienceMs: knob('A job of a shared queue waits so long for a busy device before it is given back to others, milliseconds', 'CUDA_NN_PATIENCE_MS', 250, 0, 60_000),
+    startMs: knob('Deadline of a worker’s start, milliseconds', 'CUDA_NN_WORKER_START_MS', 60_000, 1_000, 3_600_000),
     library: { doc: 'Native library: auto, cpu or cuda', env: 'CUDA_NN_LIBRARY', default: 'auto', format: ['auto', 'cpu', 'cuda'] },
   },
   orchestrator: {

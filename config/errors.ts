@@ -116,3 +116,26 @@ export function fromErrorRecord(record: ErrorRecord): Error {
   if (record.stack !== undefined) error.stack = record.stack;
   return error;
 }
+
+/** What BullMQ keeps of a failed job is one string, `failedReason`: this is how a worker puts its error there. */
+export function encodeFailure(error: unknown): string {
+  return JSON.stringify(toErrorRecord(error));
+}
+
+/** The other way round. A reason that is not ours (BullMQ's own: a stalled job, a failed child) is WORKER_LOST or a BUG. */
+export function decodeFailure(reason: string): ErrorRecord {
+  if (reason.startsWith('{')) {
+    try {
+      const record = JSON.parse(reason) as Partial<ErrorRecord>;
+      if (typeof record.message === 'string' && typeof record.code === 'string' && (record.code === 'BUG' || record.code in ERROR_KINDS)) {
+        return { code: record.code, message: record.message, context: record.context ?? {}, ...(record.stack === undefined ? {} : { stack: record.stack }) };
+      }
+    } catch (error) {
+      return { code: 'BUG', message: reason, context: { parse: (error as Error).message } };
+    }
+  }
+  const named = /^([A-Z_]+): (.*)$/s.exec(reason);
+  if (named !== null && named[1]! in ERROR_KINDS) return { code: named[1] as ErrorCode, message: named[2]!, context: {} };
+  if (/stalled/.test(reason)) return { code: 'WORKER_LOST', message: `the job lost its worker too often (${reason})`, context: {} };
+  return { code: 'BUG', message: reason, context: {} };
+}

@@ -62,6 +62,11 @@ const schema = {
   orchestrator: {
     concurrency: knob('Runs driven at once', 'CUDA_NN_RUN_CONCURRENCY', 16, 1, 1024),
     jobTimeoutMs: knob('A run with work queued and no worker or report for so long records NO_WORKER and waits on, milliseconds', 'CUDA_NN_JOB_TIMEOUT_MS', 60_000, 1_000, 86_400_000),
+    maxReplans: knob('Times in a row that a run may give up its jobs and plan anew without a new step, before it fails', 'CUDA_NN_MAX_REPLANS', 20, 1, 10_000),
+    stepsPerJob: knob('Most steps of one job of the local way', 'CUDA_NN_STEPS_PER_JOB', 200, 1, 10_000),
+    watchMs: knob('Milliseconds between looks at the workers, the wishes and the clock', 'CUDA_NN_WATCH_MS', 500, 20, 60_000),
+    lookupMs: knob('A job unheard of for so long is looked up in Redis, milliseconds', 'CUDA_NN_LOOKUP_MS', 3_000, 50, 600_000),
+    requestTimeoutMs: knob('Deadline of a request of a client: eval and generate without a worker, answers of Redis, milliseconds', 'CUDA_NN_REQUEST_TIMEOUT_MS', 10_000, 100, 3_600_000),
     eventsKept: knob('Events of a run kept in Redis for late readers', 'CUDA_NN_EVENTS_KEPT', 10_000, 10, 10_000_000),
     eventsExpireSeconds: knob('Seconds that a finished run’s events stay', 'CUDA_NN_EVENTS_EXPIRE_SECONDS', 10, 1, 86_400),
   },

@@ -1,0 +1,177 @@
+/**
+ * The commands about runs: train, runs, status, logs, pause, resume, cancel. All are written on the Client library and
+ * need services that are up. Called by main.ts.
+ */
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Command } from 'commander';
+import { NnError, fromErrorRecord } from '../../config/errors.ts';
+import type { RunRecord, StepReport } from '../../config/messages.ts';
+import { parseRunSpec, tokensPerStep } from '../../config/run-spec.ts';
+import type { RunSpecInput } from '../../config/run-spec.ts';
+import { loadConfig } from '../../config/schema.ts';
+import type { Config } from '../../config/schema.ts';
+import { eventLine, followRun, meanAux, stepLine } from '../follow.ts';
+import { withLifetime } from '../lifetime.ts';
+import { readSpec, readText } from '../options.ts';
+import { fields, formatCount, formatDuration, formatLoss, note, paint, printResult, printable, table } from '../output.ts';
+import { connect } from '../stack.ts';
+
+/** What stands in a run's directory as one JSON line for each step. */
+const metricsFile = (config: Config, run: string): string => join(config.runs, run, 'metrics.jsonl');
+
+async function train(path: string, options: { name?: string; follow?: boolean; json?: boolean }): Promise<void> {
+  const config = loadConfig();
+  const input = readSpec(path);
+  if (options.name !== undefined) input['name'] = options.name;
+  const spec = parseRunSpec(input, path === '-' ? 'standard input' : path);
+  await withLifetime(async (life) => {
+    const client = await connect(life, config);
+    const run = await life.until(client.train(input as RunSpecInput));
+    note(`run ${spec.name}: ${formatCount(spec.steps)} steps of ${formatCount(tokensPerStep(spec))} tokens`);
+    if (options.follow !== true) {
+      printResult(options.json, { run: spec.name, phase: 'queued' }, () => [spec.name]);
+      return;
+    }
+    await followRun(life, run.events(), { label: spec.name, steps: spec.steps });
+    const record = await life.until(run.wait());
+    printResult(options.json, record, () => describeRun(record));
+    if (record.phase === 'failed') throw record.error === null ? new NnError('RUN_FAILED', `run ${spec.name} failed`) : failureOf(record);
+    if (record.phase === 'cancelled') throw new NnError('CANCELLED', `run ${spec.name} was cancelled at step ${record.step}`);
+  });
+}
+
+function failureOf(record: RunRecord): Error {
+  const cause = fromErrorRecord(record.error!);
+  return new NnError('RUN_FAILED', `run ${record.run} failed at step ${record.step}: ${record.error!.code}: ${record.error!.message}`, { run: record.run }, cause);
+}
+
+const PHASE_STYLE = { queued: 'dim', running: 'cyan', pausing: 'yellow', paused: 'yellow', completed: 'green', failed: 'red', cancelled: 'dim' } as const;
+const phaseText = (record: RunRecord): string => paint(PHASE_STYLE[record.phase], record.phase);
+const instant = (milliseconds: number): string => new Date(milliseconds).toISOString().replace('T', ' ').slice(0, 19);
+
+/** How long a run has been at it, or took. */
+const elapsed = (record: RunRecord): string =>
+  record.startedAtMs === null ? '-' : formatDuration((record.finishedAtMs ?? Date.now()) - record.startedAtMs);
+
+async function listRuns(options: { json?: boolean }): Promise<void> {
+  await withLifetime(async (life) => {
+    const client = await connect(life, loadConfig());
+    const records = await life.until(client.runs());
+    const columns = [
+      { title: 'RUN' },
+      { title: 'PHASE' },
+      { title: 'STEP', align: 'right' },
+      { title: 'LOSS', align: 'right' },
+      { title: 'EVAL', align: 'right' },
+      { title: 'TOK/S', align: 'right' },
+      { title: 'TIME' },
+    ] as const;
+    const row = (record: RunRecord): string[] => [
+      record.run,
+      phaseText(record),
+      `${record.step}/${record.steps}`,
+      formatLoss(record.lastReport?.loss),
+      formatLoss(record.validation?.loss),
+      record.tokensPerSecond === null ? '-' : formatCount(record.tokensPerSecond),
+      elapsed(record),
+    ];
+    printResult(options.json, records, () => (records.length === 0 ? ['no runs'] : table(columns, records.map(row))));
+  });
+}
+
+function describeRun(record: RunRecord): string[] {
+  const rows: [string, string][] = [
+    ['run', record.run],
+    ['phase', phaseText(record)],
+    ['step', `${record.step} of ${record.steps}`],
+    ['loss', record.lastReport === null ? '-' : `${formatLoss(record.lastReport.loss)} (first ${formatLoss(record.firstLoss)}, aux ${formatLoss(meanAux(record.lastReport))})`],
+  ];
+  if (record.validation !== null) {
+    const before = record.validationBefore === null ? '' : `, before training ${formatLoss(record.validationBefore)}`;
+    rows.push(['validation', `${formatLoss(record.validation.loss)} at step ${record.validation.step}${before}`]);
+  }
+  if (record.tokensPerSecond !== null) rows.push(['speed', `${formatCount(record.tokensPerSecond)} tokens/s`]);
+  if (record.way !== null) rows.push(['way', `${record.way.exchange}, ${record.way.workers} worker${record.way.workers === 1 ? '' : 's'}: ${record.way.reason}`]);
+  rows.push(['checkpoint', record.checkpoint === null ? '-' : record.checkpoint.directory]);
+  if (record.weightsDigest !== null) rows.push(['digest', record.weightsDigest]);
+  if (record.skippedSteps > 0) rows.push(['skipped', `${record.skippedSteps} steps with gradients that were not finite`]);
+  rows.push(['created', `${instant(record.createdAtMs)} UTC`], ['time', elapsed(record)]);
+  if (record.error !== null) rows.push(['error', printable(`${record.error.code}: ${record.error.message}`)]);
+  for (const fault of record.faults) rows.push(['fault', printable(`${instant(fault.atMs)} ${fault.what}: ${fault.error.code}: ${fault.error.message}`)]);
+  return fields(rows);
+}
+
+async function status(name: string, options: { json?: boolean }): Promise<void> {
+  await withLifetime(async (life) => {
+    const client = await connect(life, loadConfig());
+    const record = await life.until(client.run(name).record());
+    printResult(options.json, record, () => describeRun(record));
+  });
+}
+
+/** The steps so far from the run's metrics, then, with --follow, every event until the run ends. */
+async function logs(name: string, options: { follow?: boolean; json?: boolean }): Promise<void> {
+  const config = loadConfig();
+  await withLifetime(async (life) => {
+    const client = await connect(life, config);
+    const run = client.run(name);
+    const record = await life.until(run.record()); // RUN_NOT_FOUND before anything is printed
+    const file = metricsFile(config, name);
+    const steps = existsSync(file) ? readText(file).split('\n').filter((line) => line.trim() !== '') : [];
+    let last = 0;
+    for (const line of steps) {
+      const report = JSON.parse(line) as StepReport & { tokensPerSecond?: number };
+      last = Math.max(last, report.step ?? 0);
+      process.stdout.write(options.json === true ? `${line}\n` : `${stepLine(report, report.tokensPerSecond ?? null)}\n`);
+    }
+    if (options.follow !== true || ['completed', 'failed', 'cancelled'].includes(record.phase)) return;
+    const iterator = run.events()[Symbol.asyncIterator]();
+    try {
+      for (let next = await life.until(iterator.next()); next.done !== true; next = await life.until(iterator.next())) {
+        const event = next.value;
+        if (event.type === 'step' && event.report.step <= last) continue;
+        process.stdout.write(options.json === true ? `${JSON.stringify(event)}\n` : `${printable(eventLine(event))}\n`);
+      }
+    } finally {
+      await iterator.return?.();
+    }
+  });
+}
+
+type Verb = 'pause' | 'resume' | 'cancel';
+
+async function control(verb: Verb, name: string, options: { json?: boolean }): Promise<void> {
+  await withLifetime(async (life) => {
+    const client = await connect(life, loadConfig());
+    const run = client.run(name);
+    await life.until(run[verb]());
+    const record = await life.until(run.record());
+    printResult(options.json, { run: name, asked: verb, phase: record.phase }, () => [`${name}: ${verb} asked for, now ${record.phase}`]);
+  });
+}
+
+export function registerRunCommands(program: Command): void {
+  const json = (command: Command, what = 'print JSON'): Command => command.option('--json', what);
+  json(program.command('train'))
+    .argument('<spec>', 'run spec: a JSON file, or - for standard input; relative paths in it count from the file')
+    .option('--name <name>', 'name of the run instead of the spec’s')
+    .option('-f, --follow', 'show progress until the run ends; Ctrl-C leaves the run going')
+    .description('queue a training run')
+    .action(train);
+  json(program.command('runs')).description('list runs').action(listRuns);
+  json(program.command('status')).argument('<run>').description('all that is known of a run').action(status);
+  json(program.command('logs'), 'print JSON lines')
+    .argument('<run>')
+    .option('-f, --follow', 'go on until the run ends')
+    .description('print a run’s steps')
+    .action(logs);
+  const controls: Record<Verb, string> = {
+    pause: 'stop a run at its next step, keeping all',
+    resume: 'go on with a paused run',
+    cancel: 'end a run for good',
+  };
+  for (const [verb, what] of Object.entries(controls) as [Verb, string][]) {
+    json(program.command(verb)).argument('<run>').description(what).action((name: string, options: { json?: boolean }) => control(verb, name, options));
+  }
+}

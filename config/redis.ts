@@ -56,7 +56,7 @@ function connectionOptions(url: string, config: Config, purpose: Purpose): Redis
   };
   if (parsed.protocol === 'unix:') {
     const password = parsed.searchParams.get('password');
-    return { ...options, path: parsed.pathname, ...(password === null ? {} : { password }) };
+    return { ...options, path: decodeURIComponent(parsed.pathname), ...(password === null ? {} : { password }) };
   }
   if (parsed.protocol !== 'redis:' && parsed.protocol !== 'rediss:') {
     throw new NnError('USAGE', `the Redis address ${redactUrl(url)} must start with redis://, rediss:// or unix://`);

@@ -81,7 +81,14 @@ export type Config = ReturnType<typeof read>;
 
 const read = (overrides: object) => {
   const config = convict(schema);
-  config.load(overrides);
+  // One set() for each value: load() would let the environment win over them.
+  const apply = (node: object, prefix: string): void => {
+    for (const [key, value] of Object.entries(node)) {
+      if (typeof value === 'object' && value !== null) apply(value as object, `${prefix}${key}.`);
+      else config.set(prefix + key, value);
+    }
+  };
+  apply(overrides, '');
   config.validate({ allowed: 'strict' });
   return config.getProperties();
 };

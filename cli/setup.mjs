@@ -196,7 +196,7 @@ async function locked(work) {
 async function setUp() {
   if (!dependenciesFresh()) installDependencies();
   const { buildNative } = await import(pathToFileURL(join(root, 'cuda', 'build.mjs')).href);
-  await buildNative({ quiet });
+  await buildNative(); // speaks, on stderr, only when there is something to build
   const files = sources();
   const digest = sourceDigest(files);
   if (!typescriptFresh(digest)) {
@@ -228,5 +228,5 @@ try {
   const expected = typeof error.exitCode === 'number';
   const line = expected ? error.message : typeof error.code === 'string' ? `${error.code}: ${error.message}` : `BUG: ${error.stack}`;
   process.stderr.write(`cuda-nn: ${line}\n`);
-  process.exitCode = expected ? error.exitCode : error.code === 'COMPILER_MISSING' ? 4 : 70;
+  process.exitCode = expected ? error.exitCode : ['COMPILER_MISSING', 'LIBRARY_INVALID'].includes(error.code) ? 4 : 70;
 }

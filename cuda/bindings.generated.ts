@@ -16,6 +16,7 @@ export const PROTOTYPES = {
   nn_context_create: 'int32_t nn_context_create(void *context, int32_t device, int32_t threads)',
   nn_context_destroy: 'int32_t nn_context_destroy(uint64_t context)',
   nn_error_message: 'int32_t nn_error_message(uint64_t context, void *text, int64_t capacity)',
+  nn_peak_flops: 'int32_t nn_peak_flops(uint64_t context, void *flops, double seconds)',
   nn_allocate: 'int32_t nn_allocate(uint64_t context, void *address, int64_t bytes)',
   nn_free: 'int32_t nn_free(uint64_t context, uint64_t address)',
   nn_set_workspace: 'int32_t nn_set_workspace(uint64_t context, uint64_t address, int64_t bytes)',
@@ -87,6 +88,7 @@ export interface Native {
   readonly nn_context_create: (context: BigUint64Array, device: number, threads: number) => number;
   readonly nn_context_destroy: (context: number) => number;
   readonly nn_error_message: (context: number, text: Uint8Array, capacity: number) => number;
+  readonly nn_peak_flops: (context: number, flops: Float64Array, seconds: number) => number;
   readonly nn_allocate: (context: number, address: BigUint64Array, bytes: number) => number;
   readonly nn_free: (context: number, address: number) => number;
   readonly nn_set_workspace: (context: number, address: number, bytes: number) => number;

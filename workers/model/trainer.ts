@@ -1,0 +1,337 @@
+/**
+ * The whole native side of a replica: weights, optimizer state, gradient and activations on one device, and the order of work
+ * of a step. Synchronous, and nothing is allocated after the constructor. Knows nothing of jobs, runs, files or other workers.
+ * Used by workers/replica.ts, bench and doctor, on the thread that opened the device.
+ *
+ *   a step:  beginStep, then for each shard  beginShard, accumulate (for each microbatch), endShard,  then applyStep
+ *
+ * The gradient after a step's shards has the same bits whether the shards were computed here one after the other, or elsewhere
+ * and brought in by addGradient in the same order: every sum starts at zero and takes one shard at a time.
+ */
+import { createHash } from 'node:crypto';
+import type { RunSpec } from '../../config/run-spec.ts';
+import { reinterpret, slice } from '../../cuda/device.ts';
+import type { Device, Kernels, Tensor } from '../../cuda/device.ts';
+import { Arena } from './arena.ts';
+import { fromBfloat16, toBfloat16 } from './bfloat16.ts';
+import { Network } from './network.ts';
+import type { Batch, Report } from './network.ts';
+import { layoutParameters, viewsOf } from './parameters.ts';
+import type { ParameterLayout, PlacedParameter, WeightSource } from './parameters.ts';
+import { memoryPlan } from './plan.ts';
+import type { PlanOptions } from './plan.ts';
+import { learningRate } from './schedule.ts';
+import { sizesOf } from './sizes.ts';
+
+export { memoryPlan } from './plan.ts';
+export type { MemoryPlan } from './plan.ts';
+export type { PlacedParameter, WeightSource } from './parameters.ts';
+export { learningRate } from './schedule.ts';
+
+export interface TrainerOptions extends PlanOptions {
+  readonly optimizer: RunSpec['optimizer'];
+  /** Steps of the whole run, which the learning rate's schedule needs. */
+  readonly totalSteps: number;
+}
+
+/** What one microbatch did. */
+export interface MicrobatchReport {
+  /** Cross-entropy in nats, summed over the target tokens. */
+  readonly lossSum: number;
+  readonly targetTokens: number;
+  /** Aux loss of each layer. */
+  readonly aux: number[];
+  /** Routed slots of each layer and expert. */
+  readonly expertLoad: number[][];
+}
+
+export interface StepOutcome {
+  /** Norm of the gradient before clipping. */
+  readonly gradientNorm: number;
+  readonly clipScale: number;
+  readonly learningRate: number;
+  /** The gradient was not finite, so the weights stayed as they were. */
+  readonly skipped: boolean;
+}
+
+export type StateKind = 'weight' | 'm' | 'v';
+
+const STAGE_ELEMENTS = 1 << 20;
+
+/** One range of parameters that AdamW treats alike, cut out of every flat buffer. */
+interface OptimizerRange {
+  readonly length: number;
+  readonly decay: boolean;
+  readonly parameter: Tensor;
+  readonly compute: Tensor | null;
+  readonly m: Tensor;
+  readonly v: Tensor;
+  readonly gradient: Tensor;
+}
+
+export class Trainer {
+  readonly parameters: readonly PlacedParameter[];
+  /** Elements of each flat buffer, padding included. */
+  readonly flatLength: number;
+  readonly #device: Device;
+  readonly #kernels: Kernels;
+  readonly #options: TrainerOptions;
+  readonly #layout: ParameterLayout;
+  readonly #arena: Arena;
+  readonly #network: Network;
+  readonly #workspace: Tensor;
+  readonly #master: Tensor;
+  readonly #compute: Tensor | null;
+  readonly #digest: Tensor;
+  readonly #sumOfSquares: Tensor;
+  readonly #control: Tensor;
+  readonly #schedule: Tensor;
+  readonly #ranges: readonly OptimizerRange[];
+  readonly #controlHost = new Float64Array(3);
+  readonly #scheduleHost = new Float64Array(2);
+
+  /** Throws DEVICE_MEMORY with the bytes needed and there, before it allocates anything. The state is not yet defined: initialise or writeState. */
+  constructor(device: Device, options: TrainerOptions) {
+    const { model, sequences, sequenceLength } = options;
+    const sizes = sizesOf(model, options.precision);
+    const workspaceBytes = device.workspaceBytes({ T: sequences * sequenceLength, S: sequenceLength, ...sizes }, sizes.dtype);
+    this.#device = device;
+    this.#kernels = device.kernels;
+    this.#options = options;
+    this.#layout = layoutParameters(model);
+    this.parameters = this.#layout.parameters;
+    this.flatLength = this.#layout.flatLength;
+    const advice = 'take smaller batch.sequences (with more microBatches), recompute: layer, optimizer.stateDtype: bf16, or a larger device';
+    this.#arena = new Arena(device, memoryPlan(options, workspaceBytes), advice);
+
+    const at = (name: string): Tensor => this.#arena.tensor(name);
+    this.#workspace = at('workspace');
+    this.#master = at('master');
+    this.#compute = options.precision === 'bf16' ? at('compute') : null;
+    this.#digest = at('digest');
+    this.#sumOfSquares = slice(at('control'), 0, 1);
+    this.#control = slice(at('control'), 1, 3);
+    this.#schedule = slice(at('control'), 4, 2);
+    this.#enter();
+    const training = options.evaluateOnly !== true;
+    this.#zero(this.#master);
+    if (training) for (const name of ['m', 'v', 'gradient']) this.#zero(at(name));
+    this.#ranges = !training
+      ? []
+      : this.#layout.ranges.map(({ offset, length, decay }) => ({
+          length,
+          decay,
+          parameter: slice(this.#master, offset, length),
+          compute: this.#compute === null ? null : slice(this.#compute, offset, length),
+          m: slice(at('m'), offset, length),
+          v: slice(at('v'), offset, length),
+          gradient: slice(at('gradient'), offset, length),
+        }));
+    const accumulator = training ? at(options.separateShards ? 'shardGradient' : 'gradient') : null;
+    this.#network = new Network(device, this.#arena, {
+      sizes,
+      sequenceLength,
+      maximumTokens: sequences * sequenceLength,
+      recompute: options.recompute,
+      ropeTheta: model.ropeTheta,
+      ntkAlpha: model.ntkAlpha,
+      weights: viewsOf(model, this.#layout, this.#compute ?? this.#master),
+      gradients: accumulator === null ? null : viewsOf(model, this.#layout, accumulator),
+    });
+  }
+
+  /** The state of version 0: weights from the seed (Normal(0, 0.02), a stream for each tensor), norms 1, m = v = 0. */
+  initialise(seed: number): void {
+    this.#enter();
+    this.#zero(this.#master);
+    for (const [index, { shape, offset, length }] of this.parameters.entries()) {
+      const tensor = slice(this.#master, offset, length);
+      if (shape.length >= 2) this.#kernels.randomNormal(tensor, length, seed, index, 0, 0.02);
+      else this.#device.upload(tensor, new Float32Array(length).fill(1));
+    }
+    this.#clearOptimizer();
+    this.commitState();
+  }
+
+  /** Weights from elsewhere, m = v = 0. The source's sizes are the caller's to check; what it lacks, it throws for. */
+  loadWeights(source: WeightSource): void {
+    this.#enter();
+    for (const parameter of this.parameters) {
+      const values = new Float32Array(parameter.length);
+      source.read(parameter.name, values);
+      this.#device.upload(slice(this.#master, parameter.offset, parameter.length), values);
+    }
+    this.#clearOptimizer();
+    this.commitState();
+  }
+
+  /** The step's gradient becomes zero. */
+  beginStep(): void {
+    this.#zero(this.#arena.tensor('gradient'));
+  }
+
+  /** What follows until endShard belongs to the next shard of the step. */
+  beginShard(): void {
+    if (this.#options.separateShards) this.#zero(this.#arena.tensor('shardGradient'));
+  }
+
+  /** Adds the shard's gradient to the step's. */
+  endShard(): void {
+    if (!this.#options.separateShards) return;
+    const gradient = this.#arena.tensor('gradient');
+    this.#kernels.add(gradient, gradient, this.#arena.tensor('shardGradient'), this.flatLength, 'f32');
+  }
+
+  /**
+   * Forward and backward of one microbatch. scale.loss is 1 / (target tokens of the whole step), scale.aux is the aux loss
+   * weight / (microbatches of the whole step). Waits for the device once, for the report.
+   */
+  accumulate(batch: Batch, scale: { readonly loss: number; readonly aux: number }): MicrobatchReport {
+    this.#enter();
+    return reportOf(this.#network.forwardAndBackward(batch, scale), batch);
+  }
+
+  /** 32 hex digits: nn_digest of the step's gradient. */
+  gradientDigest(): string {
+    return this.#digestOf(this.#arena.tensor('gradient'));
+  }
+
+  /** Elements offset .. offset+into.length-1 of the step's gradient. */
+  readGradient(offset: number, into: Float32Array): void {
+    this.#device.download(into, slice(this.#arena.tensor('gradient'), offset, into.length));
+  }
+
+  writeGradient(offset: number, from: Float32Array): void {
+    this.#device.upload(slice(this.#arena.tensor('gradient'), offset, from.length), from);
+  }
+
+  /** gradient += from, element by element. */
+  addGradient(offset: number, from: Float32Array): void {
+    const staging = this.#arena.staging();
+    for (let start = 0; start < from.length; start += staging.length) {
+      const piece = from.subarray(start, start + staging.length);
+      const target = slice(this.#arena.tensor('gradient'), offset + start, piece.length);
+      this.#device.upload(staging, piece);
+      this.#kernels.add(target, target, staging, piece.length, 'f32');
+    }
+  }
+
+  /** Clips the step's gradient by its norm and takes AdamW step `step` (from 1). A gradient that is not finite changes nothing. */
+  applyStep(step: number): StepOutcome {
+    this.#enter();
+    const { optimizer, totalSteps } = this.#options;
+    const rate = learningRate(optimizer, totalSteps, step);
+    const kernels = this.#kernels;
+    this.#scheduleHost[0] = rate;
+    this.#scheduleHost[1] = step;
+    this.#device.upload(this.#schedule, this.#scheduleHost);
+    kernels.gradNorm(this.#sumOfSquares, this.#arena.tensor('gradient'), this.flatLength);
+    kernels.gradClip(this.#control, this.#sumOfSquares, optimizer.clipNorm);
+    const stateDtype = optimizer.stateDtype === 'bf16' ? 'bf16' : 'f32';
+    const dtype = this.#compute === null ? 'f32' : 'bf16';
+    for (const { parameter, compute, m, v, gradient, length, decay } of this.#ranges) {
+      kernels.adamwStep(
+        parameter, compute, m, v, gradient, this.#control, this.#schedule, length, optimizer.beta1, optimizer.beta2, optimizer.epsilon,
+        decay ? optimizer.weightDecay : 0, stateDtype, dtype,
+      );
+    }
+    this.#device.download(this.#controlHost, this.#control);
+    const [gradientNorm, clipScale, skip] = this.#controlHost as unknown as [number, number, number];
+    return { gradientNorm, clipScale, learningRate: rate, skipped: skip !== 0 };
+  }
+
+  /** The loss of a batch; no gradient. A shorter sequenceLength than the trainer's is allowed. */
+  evaluate(batch: Batch, sequenceLength = this.#options.sequenceLength): { lossSum: number; targetTokens: number } {
+    this.#enter();
+    const { lossSum, targetTokens } = reportOf(this.#network.evaluate(batch, sequenceLength), batch);
+    return { lossSum, targetTokens };
+  }
+
+  /** All logits [T, V] of a batch in float32: for checks, not for speed. Allocates on the device for the call. */
+  logits(inputs: Int32Array): Float32Array {
+    this.#enter();
+    return this.#network.logits(inputs);
+  }
+
+  /** 32 hex digits: nn_digest of the master weights. */
+  stateDigest(): string {
+    return this.#digestOf(this.#master);
+  }
+
+  /** sha-256 over all float32 master weights, little-endian, tensors in the order of parameterShapes, without padding. */
+  weightsDigest(): string {
+    const hash = createHash('sha256');
+    const host = new Float32Array(STAGE_ELEMENTS);
+    for (const { offset, length } of this.parameters) {
+      for (let start = 0; start < length; start += STAGE_ELEMENTS) {
+        const piece = host.subarray(0, Math.min(STAGE_ELEMENTS, length - start));
+        this.#device.download(piece, slice(this.#master, offset + start, piece.length));
+        hash.update(new Uint8Array(piece.buffer, 0, piece.byteLength));
+      }
+    }
+    return hash.digest('hex');
+  }
+
+  /** A whole parameter's master weight, m or v as float32. */
+  readState(kind: StateKind, parameter: PlacedParameter, into: Float32Array): void {
+    const tensor = this.#stateOf(kind, parameter, into);
+    if (tensor.dtype === 'f32') return this.#device.download(into, tensor);
+    const bits = new Uint16Array(into.length);
+    this.#device.download(bits, tensor);
+    fromBfloat16(into, bits);
+  }
+
+  /** Replaces it. After the last call, commitState. */
+  writeState(kind: StateKind, parameter: PlacedParameter, from: Float32Array): void {
+    const tensor = this.#stateOf(kind, parameter, from);
+    if (tensor.dtype === 'f32') return this.#device.upload(tensor, from);
+    const bits = new Uint16Array(from.length);
+    toBfloat16(bits, from);
+    this.#device.upload(tensor, bits);
+  }
+
+  /** Refreshes the copy of the weights that the kernels compute with. */
+  commitState(): void {
+    if (this.#compute !== null) this.#kernels.cast(this.#compute, this.#master, this.flatLength, 'bf16', 'f32');
+  }
+
+  /** Gives the memory back; the trainer is of no use afterwards. */
+  close(): void {
+    this.#device.setWorkspace(null);
+    this.#arena.free();
+  }
+
+  /** Several trainers and decoders may share a device: each lends its own workspace before it computes. */
+  #enter(): void {
+    this.#device.setWorkspace(this.#workspace);
+  }
+
+  #zero(tensor: Tensor): void {
+    const words = reinterpret(tensor, 'f32');
+    this.#kernels.zeroGrad(words, words.length);
+  }
+
+  #clearOptimizer(): void {
+    if (this.#options.evaluateOnly === true) return;
+    this.#zero(this.#arena.tensor('m'));
+    this.#zero(this.#arena.tensor('v'));
+  }
+
+  #digestOf(tensor: Tensor): string {
+    this.#kernels.digest(this.#digest, tensor, tensor.length);
+    const words = new BigUint64Array(2);
+    this.#device.download(words, this.#digest);
+    return [...words].map((word) => word.toString(16).padStart(16, '0')).join('');
+  }
+
+  #stateOf(kind: StateKind, { name, offset, length }: PlacedParameter, host: Float32Array): Tensor {
+    if (host.length !== length) throw new Error(`${kind} of ${name} has ${length} elements, not ${host.length}`);
+    return slice(kind === 'weight' ? this.#master : this.#arena.tensor(kind), offset, length);
+  }
+}
+
+function reportOf(report: Report, { targets }: Batch): MicrobatchReport {
+  let targetTokens = 0;
+  for (const target of targets) if (target !== -100) targetTokens++;
+  return { ...report, targetTokens };
+}

@@ -91,6 +91,13 @@ NN_API nn_status nn_error_message(
     char *text, // host u8 [capacity]
     int64_t capacity);
 
+/* The most float32 multiply-adds a second that this device was seen to do out of registers, times two, measured for about
+ * `seconds` (twice that at most) with the context's threads. A ceiling for benchmarks; waits until it is done. */
+NN_API nn_status nn_peak_flops(
+    nn_context *context,
+    double *flops, // host f64 [1]
+    double seconds);
+
 /* ---- memory -------------------------------------------------------------------------------------------------- */
 
 /* Allocates device memory, aligned to 256 bytes, not cleared. An address is an opaque number to the caller. */

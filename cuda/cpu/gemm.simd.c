@@ -1,0 +1,442 @@
+/* gemm.simd.c: the blocked matrix product, once for each instruction set (see gemm.h for what it promises).
+ *
+ * Owns tiles, packing and the schedule. Knows operands and epilogues only through gemm.h. The shape of it, after Goto and van
+ * de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), and BLIS:
+ *
+ *   task            ROW_BLOCK rows x NN_COLUMN_BLOCK columns of one product, done by one thread
+ *     k block       K_BLOCK deep: B packed to panels of NR columns, A packed to panels of MR rows, in the thread's scratch
+ *       micro tile  MR x NR sums in registers over the k block
+ *
+ *   packed A, panel i:  [k][MR]   row panel  i*MR ..      packed B, panel j:  [k][NR]   column panel j*NR ..
+ *
+ * Between k blocks the sums rest in the scratch and go on from there, so that the block size leaves no mark on the bits.
+ */
+#include "gemm.h"
+#include "simd.h"
+
+#if defined(NN_BUILD_AVX512)
+#define MR 14
+#define ROW_BLOCK 224
+#elif defined(NN_BUILD_AVX2)
+#define MR 6
+#define ROW_BLOCK 192
+#else
+#define MR 4
+#define ROW_BLOCK 192
+#endif
+#define NR (2 * NN_VL)
+#define MAX_PANELS (NN_COLUMN_BLOCK / NR)
+#define MAX_ROW_PANELS (ROW_BLOCK / MR)
+/* A product not deeper than this is done in one k block; a deeper one in equal blocks of at most K_BLOCK_DEEP. */
+#define K_BLOCK 512
+#define K_BLOCK_DEEP 384
+/* Floats from one packed panel to the next: one cache line more than it needs, so that panels do not meet in one cache set
+ * and the last vector of a panel may be stored whole. */
+#define A_PANEL(depth) ((depth)*MR + 16)
+#define B_PANEL(depth) ((depth)*NR + 16)
+
+typedef struct scratch {
+  int64_t packed_product, packed_block; /* what `b` holds, when that is a whole product's depth */
+  _Alignas(64) float tile[MR * NR];
+  _Alignas(64) float row_state[ROW_BLOCK * NN_VL];
+  _Alignas(64) float partial[MAX_ROW_PANELS * MAX_PANELS * MR * NR];
+  _Alignas(64) float a[MAX_ROW_PANELS * A_PANEL(K_BLOCK)];
+  _Alignas(64) float b[MAX_PANELS * B_PANEL(K_BLOCK)];
+} scratch;
+_Static_assert(sizeof(scratch) <= NN_THREAD_SCRATCH_BYTES, "the scratch of a thread holds the engine's buffers");
+
+/* ---- micro kernels -------------------------------------------------------------------------------------------------- */
+
+/* rows (1 .. MR) x vectors (1 .. 2) sums over `depth`, both constants at each call, so that the sums live in registers. */
+NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const float *restrict a, const float *restrict b,
+                     const float *initial, int64_t initial_stride, float *out, int64_t out_stride, int add) {
+  nn_vec sum[MR][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++)
+      sum[i][v] = initial != NULL ? nn_load(initial + i * initial_stride + v * NN_VL) : (nn_vec){0};
+  for (int64_t p = 0; p < depth; p++) {
+    nn_vec column[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) column[v] = nn_load(b + v * NN_VL);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+      nn_vec element = nn_set(a[i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; v++) sum[i][v] += element * column[v];
+    }
+    a += MR;
+    b += NR;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) {
+      float *to = out + i * out_stride + v * NN_VL;
+      nn_store(to, add ? nn_load(to) + sum[i][v] : sum[i][v]);
+    }
+}
+
+typedef void micro_kernel(int64_t depth, const float *a, const float *b, const float *initial, int64_t initial_stride,
+                          float *out, int64_t out_stride, int add);
+
+#define MICRO(rows, vectors)                                                                                            \
+  static void micro_##rows##_##vectors(int64_t depth, const float *a, const float *b, const float *initial,             \
+                                       int64_t initial_stride, float *out, int64_t out_stride, int add) {               \
+    micro(rows, vectors, depth, a, b, initial, initial_stride, out, out_stride, add);                                   \
+  }
+#define MICROS(rows) MICRO(rows, 1) MICRO(rows, 2)
+MICROS(1) MICROS(2) MICROS(3) MICROS(4)
+#if MR > 4
+MICROS(5) MICROS(6)
+#endif
+#if MR > 6
+MICROS(7) MICROS(8) MICROS(9) MICROS(10) MICROS(11) MICROS(12) MICROS(13) MICROS(14)
+#endif
+
+#define ENTRY(rows) {micro_##rows##_1, micro_##rows##_2}
+static micro_kernel *const micro_kernels[MR][2] = {
+    ENTRY(1), ENTRY(2), ENTRY(3), ENTRY(4),
+#if MR > 4
+    ENTRY(5), ENTRY(6),
+#endif
+#if MR > 6
+    ENTRY(7), ENTRY(8), ENTRY(9), ENTRY(10), ENTRY(11), ENTRY(12), ENTRY(13), ENTRY(14),
+#endif
+};
+
+/* ---- packing -------------------------------------------------------------------------------------------------------- */
+
+NN_INLINE const float *row_of(const nn_operand *x, int64_t row) {
+  return x->data + (x->rows != NULL ? x->rows[row] : row) * x->stride;
+}
+
+/* Transposes NN_VL vectors, vector i being row i: after it, vector i is column i. */
+NN_INLINE void transpose(nn_vec r[NN_VL]) {
+#if defined(NN_BUILD_AVX512)
+  __m512 t[16], u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_ps((__m512)r[2 * i], (__m512)r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps((__m512)r[2 * i], (__m512)r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) { /* u[4i+j]: lane l holds column 4l+j of rows 4i .. 4i+3 */
+    u[4 * i] = (__m512)_mm512_unpacklo_pd((__m512d)t[4 * i], (__m512d)t[4 * i + 2]);
+    u[4 * i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)t[4 * i], (__m512d)t[4 * i + 2]);
+    u[4 * i + 2] = (__m512)_mm512_unpacklo_pd((__m512d)t[4 * i + 1], (__m512d)t[4 * i + 3]);
+    u[4 * i + 3] = (__m512)_mm512_unpackhi_pd((__m512d)t[4 * i + 1], (__m512d)t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+    __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    r[j] = (nn_vec)_mm512_shuffle_f32x4(a, c, 0x88);
+    r[4 + j] = (nn_vec)_mm512_shuffle_f32x4(b, d, 0x88);
+    r[8 + j] = (nn_vec)_mm512_shuffle_f32x4(a, c, 0xdd);
+    r[12 + j] = (nn_vec)_mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+#elif defined(NN_BUILD_AVX2)
+  __m256 t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    r[j] = (nn_vec)_mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+    r[4 + j] = (nn_vec)_mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+  }
+#else
+  for (int i = 0; i < NN_VL; i++)
+    for (int j = 0; j < i; j++) {
+      float swap = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = swap;
+    }
+#endif
+}
+
+/* packed[p * packed_stride + i] = source[i][p] for p < depth and i < lanes, where lanes <= NN_VL; a whole vector is stored
+ * for each p, in rising p, the elements past `lanes` being of no meaning. Every source pointer must be valid. */
+NN_INLINE void pack_across(float *packed, int64_t packed_stride, const float *const *source, const int lanes, int64_t depth) {
+  int64_t p = 0;
+  for (; p + NN_VL <= depth; p += NN_VL) {
+    nn_vec r[NN_VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < NN_VL; i++) r[i] = i < lanes ? nn_load(source[i] + p) : (nn_vec){0};
+    transpose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < NN_VL; i++) nn_store(packed + (p + i) * packed_stride, r[i]);
+  }
+  if (p < depth) {
+    nn_vec r[NN_VL];
+    for (int i = 0; i < NN_VL; i++) r[i] = i < lanes ? nn_load_tail(source[i] + p, depth - p) : (nn_vec){0};
+    transpose(r);
+    for (int i = 0; i < depth - p; i++) nn_store(packed + (p + i) * packed_stride, r[i]);
+  }
+}
+
+/* Rows row .. row+rows-1 of A, k from .. from+depth-1, to panels of MR rows. */
+static void pack_a(float *packed, const nn_operand *a, int64_t row, int64_t rows, int64_t from, int64_t depth) {
+  if (!a->transposed) {
+    for (int64_t i = 0; i < rows; i += MR, packed += A_PANEL(depth)) {
+      const float *source[NN_VL > MR ? NN_VL : MR];
+      for (int64_t r = 0; r < MR; r++) source[r] = row_of(a, row + nn_min64(i + r, rows - 1)) + from;
+#if MR <= NN_VL
+      pack_across(packed, MR, source, MR, depth);
+#else
+#error "a panel of A is one vector wide at most"
+#endif
+    }
+    return;
+  }
+  for (int64_t p = 0; p < depth; p++) {
+    const float *source = row_of(a, from + p) + row;
+    float *to = packed + p * MR;
+    int64_t i = 0;
+    for (; i + NN_VL <= rows; i += MR, to += A_PANEL(depth)) nn_store(to, nn_load(source + i));
+    for (; i < rows; i += MR, to += A_PANEL(depth)) nn_store(to, nn_load_tail(source + i, rows - i));
+  }
+}
+
+/* The first column in memory of vector v of a panel, and how many of its NN_VL columns there are. */
+NN_INLINE int64_t vector_start(const nn_product *product, int64_t panel, int v, int64_t *count) {
+  int64_t half = product->b.interleave;
+  int64_t in_half = half > 0 ? panel * NN_VL : panel * NR + v * NN_VL;
+  *count = nn_max64(0, nn_min64(NN_VL, (half > 0 ? half : product->n) - in_half));
+  return half > 0 ? v * half + in_half : in_half;
+}
+
+/* Panels panel .. panel+panels-1 of B, k from .. from+depth-1. Columns that are not there become 0. */
+static void pack_b(float *packed, const nn_product *product, int64_t panel, int64_t panels, int64_t from, int64_t depth) {
+  const nn_operand *b = &product->b;
+  int64_t start[2 * MAX_PANELS], count[2 * MAX_PANELS];
+  for (int64_t j = 0; j < 2 * panels; j++) start[j] = vector_start(product, panel + j / 2, (int)(j % 2), &count[j]);
+  if (b->transposed) {
+    for (int64_t j = 0; j < 2 * panels; j++) {
+      float *to = packed + j / 2 * B_PANEL(depth) + j % 2 * NN_VL;
+      const float *source[NN_VL];
+      if (count[j] == 0) continue; /* its sums are never looked at */
+      for (int64_t i = 0; i < NN_VL; i++) source[i] = row_of(b, start[j] + nn_min64(i, count[j] - 1)) + from;
+      pack_across(to, NR, source, NN_VL, depth);
+    }
+    return;
+  }
+  int64_t whole = 2 * panels;
+  while (whole > 0 && count[whole - 1] < NN_VL) whole--;
+  if (b->interleave > 0 && whole < 2 * panels) whole = 0; /* the gates of the last panel are cut short too */
+  for (int64_t p = 0; p < depth; p++) {
+    const float *source = row_of(b, from + p);
+    float *to = packed + p * NR;
+    for (int64_t j = 0; j < 2 * panels; j++) {
+      nn_vec values = j < whole ? nn_load(source + start[j]) : nn_load_tail(source + start[j] * (count[j] > 0), count[j]);
+      nn_store(to + j / 2 * B_PANEL(depth) + j % 2 * NN_VL, values);
+    }
+  }
+}
+
+/* ---- a task --------------------------------------------------------------------------------------------------------- */
+
+/* One micro tile of the last k block: to C, or through the thread's tile to where it belongs. */
+static void finish_tile(const nn_product *product, scratch *s, const float *a, const float *b, int64_t depth,
+                        const float *initial, int64_t initial_stride, int64_t row, int64_t rows, int64_t first_row,
+                        int64_t panel) {
+  int64_t columns = product->b.interleave > 0 ? NR : nn_min64(NR, product->n - panel * NR);
+  int vectors = columns > NN_VL ? 2 : 1;
+  micro_kernel *kernel = micro_kernels[rows - 1][vectors - 1];
+  if (product->finish == NULL && columns == vectors * NN_VL && product->alpha == 1.0f &&
+      (product->beta == 0.0f || product->beta == 1.0f)) {
+    float *c = product->c + row * product->c_stride + panel * NR;
+    kernel(depth, a, b, initial, initial_stride, c, product->c_stride, product->beta != 0.0f);
+    return;
+  }
+  kernel(depth, a, b, initial, initial_stride, s->tile, NR, 0);
+  if (product->finish != NULL) {
+    nn_tile tile = {s->tile, NR, row, rows, panel, s->row_state + (row - first_row) * NN_VL};
+    product->finish(product, &tile);
+    return;
+  }
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < columns; j += NN_VL) {
+      float *c = product->c + (row + i) * product->c_stride + panel * NR + j;
+      int64_t count = nn_min64(NN_VL, columns - j);
+      nn_vec value = product->alpha * nn_load(s->tile + i * NR + j);
+      if (product->beta != 0.0f) value = value + product->beta * nn_load_tail(c, count);
+      nn_store_tail(c, value, count);
+    }
+}
+
+/* Copies a micro tile's part of product->initial to `tile`, where whole vectors of it cannot be read in place. */
+static void load_initial(float *tile, const nn_product *product, int64_t row, int64_t rows, int64_t panel) {
+  int64_t columns = nn_min64(NR, product->n - panel * NR);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < columns; j += NN_VL)
+      nn_store(tile + i * NR + j, nn_load_tail(product->initial + (row + i) * product->initial_stride + panel * NR + j,
+                                               nn_min64(NN_VL, columns - j)));
+}
+
+/* Rows row .. row+rows-1 (at most ROW_BLOCK) of the panels of column block `block`. `index` is the product's, to know B again. */
+static void run_task(const nn_product *product, int64_t index, scratch *s, int64_t row, int64_t rows, int64_t block,
+                     int64_t panel, int64_t panels) {
+  int64_t blocks = product->k <= K_BLOCK ? 1 : nn_ceil_div(product->k, K_BLOCK_DEEP);
+  int64_t depth_of_block = nn_ceil_div(product->k, blocks);
+  if (product->finish_rows != NULL) memset(s->row_state, 0, (size_t)rows * NN_VL * sizeof(float));
+  for (int64_t step = 0; step < blocks; step++) {
+    int64_t from = step * depth_of_block, depth = nn_min64(depth_of_block, product->k - from);
+    if (blocks > 1 || s->packed_product != index || s->packed_block != block) {
+      pack_b(s->b, product, panel, panels, from, depth);
+      s->packed_product = blocks > 1 ? -1 : index;
+      s->packed_block = block;
+    }
+    pack_a(s->a, &product->a, row, rows, from, depth);
+    for (int64_t i = 0; i < rows; i += MR) {
+      const float *a = s->a + i / MR * A_PANEL(depth);
+      int64_t tile_rows = nn_min64(MR, rows - i);
+      for (int64_t j = 0; j < panels; j++) {
+        const float *b = s->b + j * B_PANEL(depth);
+        float *partial = s->partial + (i / MR * MAX_PANELS + j) * MR * NR;
+        const float *initial = step > 0 ? partial : NULL;
+        int64_t initial_stride = NR;
+        if (step == 0 && product->initial != NULL) {
+          initial = product->initial + (row + i) * product->initial_stride + (panel + j) * NR;
+          initial_stride = product->initial_stride;
+          if ((panel + j + 1) * NR > product->n) {
+            load_initial(partial, product, row + i, tile_rows, panel + j);
+            initial = partial;
+            initial_stride = NR;
+          }
+        }
+        if (step + 1 < blocks)
+          micro_kernels[tile_rows - 1][1](depth, a, b, initial, initial_stride, partial, NR, 0);
+        else
+          finish_tile(product, s, a, b, depth, initial, initial_stride, row + i, tile_rows, row, panel + j);
+      }
+    }
+  }
+  if (product->finish_rows != NULL) product->finish_rows(product, row, rows, block, s->row_state);
+}
+
+/* ---- the schedule --------------------------------------------------------------------------------------------------- */
+
+/* How a list is cut. Only speed depends on it. */
+typedef struct cut {
+  int64_t row_block, panel_block;
+} cut;
+
+static int64_t panel_count(const nn_product *product) {
+  return product->b.interleave > 0 ? nn_ceil_div(product->b.interleave, NN_VL) : nn_ceil_div(product->n, NR);
+}
+
+/* Row blocks of about equal size, whole panels each. */
+static int64_t rows_of_block(const nn_product *product, cut by) {
+  int64_t blocks = nn_ceil_div(product->m, by.row_block);
+  return blocks == 0 ? 0 : nn_ceil_div(nn_ceil_div(product->m, blocks), MR) * MR;
+}
+
+static int64_t task_count(const nn_product *product, cut by) {
+  if (product->m <= 0 || product->n <= 0) return 0;
+  return nn_ceil_div(product->m, rows_of_block(product, by)) * nn_ceil_div(panel_count(product), by.panel_block);
+}
+
+static void describe(const nn_product_list *list, int64_t index, nn_product *product) {
+  memset(product, 0, sizeof *product);
+  product->alpha = 1.0f;
+  list->describe(list->argument, index, product);
+}
+
+/* first[i] = tasks before product i (not for uniform lists), largest = the product with most rows. Returns all tasks. */
+static int64_t count_tasks(const nn_product_list *list, cut by, int64_t *first, nn_product *largest) {
+  if (list->uniform) {
+    describe(list, 0, largest);
+    return list->count * task_count(largest, by);
+  }
+  int64_t total = 0;
+  for (int64_t i = 0; i < list->count; i++) {
+    nn_product product;
+    describe(list, i, &product);
+    if (i == 0 || product.m > largest->m) *largest = product;
+    first[i] = total;
+    total += task_count(&product, by);
+  }
+  first[list->count] = total;
+  return total;
+}
+
+/* Smaller tiles until each thread has several, so that none waits long for the last. Tasks whose rows are finished over a
+ * whole column block keep that block. */
+static cut choose_cut(const nn_product_list *list, int threads, int64_t *first, int64_t *total) {
+  nn_product product;
+  cut by = {ROW_BLOCK, MAX_PANELS};
+  for (;;) {
+    *total = count_tasks(list, by, first, &product);
+    int fixed_columns = product.finish_rows != NULL;
+    int64_t panels = nn_min64(by.panel_block, panel_count(&product));
+    int64_t rows = nn_min64(by.row_block, nn_max64(product.m, 1));
+    int rows_done = rows <= 4 * MR, columns_done = fixed_columns || panels * NR <= 128;
+    if (threads == 1 || *total >= 6 * threads || (rows_done && columns_done)) return by;
+    if (columns_done || (!rows_done && rows >= panels * NR)) by.row_block = nn_max64(4 * MR, nn_ceil_div(rows, 2));
+    else by.panel_block = nn_ceil_div(panels, 2);
+  }
+}
+
+void NN_SIMD(nn_run_products)(nn_context *context, const nn_product_list *list) {
+  if (list->count <= 0) return;
+  int64_t first[NN_MAX_PRODUCTS + 1], total, next = 0;
+  cut by = choose_cut(list, context->threads, first, &total);
+  if (total == 0) return;
+  int threads = (int)nn_min64(context->threads, total);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    scratch *s = nn_thread_scratch(context);
+    s->packed_product = -1;
+    nn_product product;
+    int64_t index = -1, begin = 0, end = 0;
+    for (;;) {
+      /* A share of what is left, so that neighbouring tasks, which have their packed B in common, stay together. */
+      int64_t taken, share;
+#pragma omp critical(nn_take_tasks)
+      {
+        share = nn_max64(1, (total - next) / (2 * threads));
+        taken = next;
+        next += share;
+      }
+      if (taken >= total) break;
+      for (int64_t task = taken; task < taken + share; task++) {
+        if (task >= end || task < begin) {
+          if (list->uniform) {
+            int64_t each = total / list->count;
+            index = task / each;
+            begin = index * each;
+            end = begin + each;
+          } else {
+            int64_t low = 0, high = list->count; /* the last product whose first task is not after this one */
+            while (high - low > 1) {
+              int64_t middle = (low + high) / 2;
+              if (first[middle] <= task) low = middle;
+              else high = middle;
+            }
+            index = low;
+            begin = first[low];
+            end = first[low + 1];
+          }
+          describe(list, index, &product);
+        }
+        int64_t block_rows = rows_of_block(&product, by), row_blocks = nn_ceil_div(product.m, block_rows);
+        int64_t row = (task - begin) % row_blocks * block_rows, block = (task - begin) / row_blocks;
+        int64_t panel = block * by.panel_block;
+        run_task(&product, index, s, row, nn_min64(block_rows, product.m - row), block, panel,
+                 nn_min64(by.panel_block, panel_count(&product) - panel));
+      }
+    }
+  }
+}

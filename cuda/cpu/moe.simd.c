@@ -1,0 +1,65 @@
+/* moe.simd.c: the vector code of the mixture of experts: SwiGLU forward and backward on the tiles of the grouped products while
+ * they are in the first cache, and the weighted sum of a token's slots. Shapes as in nn.h: H hidden, F ffn, K experts per token.
+ */
+#include "moe.h"
+#include "simd.h"
+
+/* One function, so that h has the same bits wherever it is computed. */
+NN_INLINE nn_vec swiglu(nn_vec gate, nn_vec up) { return gate * nn_sigmoid(gate) * up; }
+
+void NN_SIMD(nn_finish_swiglu)(const nn_product *product, const nn_tile *tile) {
+  const nn_swiglu_output *to = product->argument;
+  int64_t column = tile->panel * NN_VL, count = nn_min64(NN_VL, to->F - column);
+  for (int64_t i = 0; i < tile->rows; i++) {
+    nn_vec gate = nn_load(tile->values + i * tile->stride), up = nn_load(tile->values + i * tile->stride + NN_VL);
+    int64_t row = tile->row + i;
+    nn_store_tail(to->h + row * to->F + column, swiglu(gate, up), count);
+    if (to->gate_up == NULL) continue;
+    nn_store_tail(to->gate_up + row * 2 * to->F + column, gate, count);
+    nn_store_tail(to->gate_up + row * 2 * to->F + to->F + column, up, count);
+  }
+}
+
+void NN_SIMD(nn_finish_down_backward)(const nn_product *product, const nn_tile *tile) {
+  const nn_down_backward *x = product->argument;
+  int64_t F = x->F;
+  for (int64_t i = 0; i < tile->rows; i++) {
+    int64_t row = tile->row + i;
+    nn_vec dot = nn_load(tile->row_state + i * NN_VL);
+    float weight = x->slot_weight[row];
+    for (int v = 0; v < 2; v++) {
+      int64_t column = (2 * tile->panel + v) * NN_VL, count = nn_min64(NN_VL, F - column);
+      if (count <= 0) break;
+      nn_vec dh = nn_load(tile->values + i * tile->stride + v * NN_VL);
+      nn_vec gate = nn_load_tail(x->gate_up + row * 2 * F + column, count);
+      nn_vec up = nn_load_tail(x->gate_up + row * 2 * F + F + column, count);
+      nn_vec sigmoid = nn_sigmoid(gate), silu = gate * sigmoid;
+      nn_vec h = x->h != NULL ? nn_load_tail(x->h + row * F + column, count) : swiglu(gate, up);
+      nn_vec weighted = weight * dh;
+      dot += dh * h;
+      nn_store_tail(x->dgate_up + row * 2 * F + column, weighted * up * (sigmoid * (1.0f + gate * (1.0f - sigmoid))), count);
+      nn_store_tail(x->dgate_up + row * 2 * F + F + column, weighted * silu, count);
+      nn_store_tail(x->weighted_h + row * F + column, weight * h, count);
+    }
+    nn_store(tile->row_state + i * NN_VL, dot);
+  }
+}
+
+void NN_SIMD(nn_finish_down_backward_rows)(const nn_product *product, int64_t row, int64_t rows, int64_t column_block,
+                                           const float *row_state) {
+  const nn_down_backward *x = product->argument;
+  for (int64_t i = 0; i < rows; i++) x->dot[column_block * x->slots + row + i] = nn_sum_of(nn_load(row_state + i * NN_VL));
+}
+
+void NN_SIMD(nn_combine_row)(float *out, const float *base, const float *y, const float *weight, const int32_t *slot_of,
+                             int64_t H, int64_t K) {
+  for (int64_t j = 0; j < H; j += NN_VL) {
+    int64_t count = nn_min64(NN_VL, H - j);
+    nn_vec sum = base != NULL ? nn_load_tail(base + j, count) : (nn_vec){0};
+    for (int64_t k = 0; k < K; k++) {
+      nn_vec value = nn_load_tail(y + slot_of[k] * H + j, count);
+      sum = weight != NULL ? sum + weight[k] * value : sum + value;
+    }
+    nn_store_tail(out + j, sum, count);
+  }
+}

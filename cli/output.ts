@@ -105,6 +105,9 @@ export function printResult(json: boolean | undefined, value: unknown, lines: ()
 }
 
 let activeBar: ProgressBar | undefined;
+const setActiveBar = (bar: ProgressBar | undefined): void => {
+  activeBar = bar;
+};
 
 /** One line on stderr; a progress bar moves out of its way. */
 export function note(text: string): void {
@@ -127,7 +130,7 @@ export class ProgressBar {
   constructor(label: string, stream: NodeJS.WriteStream = process.stderr) {
     this.#label = label;
     this.#stream = stream;
-    activeBar = this;
+    setActiveBar(this);
   }
 
   /** `done` of `total` (any unit; total 0: unknown), and what else to show. */
@@ -166,7 +169,7 @@ export class ProgressBar {
 
   /** Leaves the last line standing. */
   end(): void {
-    if (activeBar === this) activeBar = undefined;
+    if (activeBar === this) setActiveBar(undefined);
     if (this.#stream.isTTY && this.#text !== '') {
       this.repaint();
       this.#stream.write('\n');

@@ -281,33 +281,39 @@ function encodeHeader(tensors: readonly PlannedTensor[], metadata: Readonly<Reco
 
 /**
  * Writes a new safetensors file and syncs it. `read` is asked for each tensor in turn, so that one tensor is in memory at
- * a time; BF16 is rounded to nearest even. Returns the file's bytes. Throws DISK_FULL; the unfinished file is left to the
- * caller, who writes into a temporary directory.
+ * a time; BF16 is rounded to nearest even. `observe` sees all bytes in order (a hash). Returns the file's bytes. Throws
+ * DISK_FULL; the unfinished file is left to the caller, who writes into a temporary directory.
  */
 export function writeSafetensors(
   path: string,
   tensors: readonly PlannedTensor[],
   read: (name: string, into: Float32Array) => void,
-  metadata: Readonly<Record<string, string>> = { format: 'pt' },
+  {
+    metadata = { format: 'pt' },
+    observe = () => undefined,
+  }: { metadata?: Readonly<Record<string, string>>; observe?: (bytes: Uint8Array) => void } = {},
 ): number {
   const longest = tensors.reduce((most, { shape }) => Math.max(most, shape.reduce((product, size) => product * size, 1)), 0);
   const values = new Float32Array(longest);
   const rounded = new Uint16Array(Math.min(longest, CONVERT_ELEMENTS));
   const descriptor = onFile(path, () => openSync(path, 'wx'));
+  let bytes = 0;
+  const append = (part: Uint8Array): void => {
+    writeAll(descriptor, part);
+    observe(part);
+    bytes += part.length;
+  };
   try {
-    const header = encodeHeader(tensors, metadata);
-    writeAll(descriptor, header);
-    let bytes = header.length;
+    append(encodeHeader(tensors, metadata));
     for (const { name, dtype, shape } of tensors) {
       const tensor = values.subarray(0, shape.reduce((product, size) => product * size, 1));
       read(name, tensor);
-      bytes += tensor.length * DTYPE_BYTES[dtype];
-      if (dtype === 'F32') writeAll(descriptor, bytesOf(tensor));
+      if (dtype === 'F32') append(bytesOf(tensor));
       else {
         for (let done = 0; done < tensor.length; done += CONVERT_ELEMENTS) {
           const part = tensor.subarray(done, done + CONVERT_ELEMENTS);
           encodeBf16(part, rounded);
-          writeAll(descriptor, bytesOf(rounded.subarray(0, part.length)));
+          append(bytesOf(rounded.subarray(0, part.length)));
         }
       }
     }

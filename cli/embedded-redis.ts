@@ -9,8 +9,8 @@
  *   <home>/redis/exchange.conf  the same of the exchange
  *   <home>/redis/processes.json what a crashed `up` left running: the next one ends it
  *
- * The servers live in sessions of their own, so that Ctrl-C reaches only us and they stop last. If we are killed, a
- * watchdog (a shell that reads a pipe from us until its end) stops them.
+ * The servers live in sessions of their own, so that Ctrl-C reaches only us and they stop last. One that dies is launched
+ * again. If we are killed, a watchdog (a shell that reads a pipe from us until its end) stops them.
  */
 import { spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
@@ -30,6 +30,10 @@ const SOCKET_PATH_BYTES = 103;
 const START_TIMEOUT_MS = 15_000;
 const STOP_TIMEOUT_MS = 10_000;
 const POLL_MS = 25;
+/** A server that dies is launched again, at most so often within the window, after a pause that doubles. */
+const RESTARTS = 5;
+const RESTART_WINDOW_MS = 60_000;
+const RESTART_PAUSE_MS = 100;
 const PROGRAMS = ['redis-server', 'valkey-server'] as const;
 const ROLES = ['queues', 'exchange'] as const;
 type Role = (typeof ROLES)[number];
@@ -37,7 +41,7 @@ type Role = (typeof ROLES)[number];
 export interface EmbeddedRedis {
   readonly addresses: RedisAddresses;
   readonly program: string;
-  /** Resolves with a reason if a server ends although nobody asked it to. */
+  /** Resolves with a reason if a server keeps dying although nobody asked it to. */
   readonly failed: Promise<string>;
   /** Shuts both servers down and removes what describes them; the queues' data stays. */
   stop(): Promise<void>;
@@ -147,39 +151,57 @@ const lastLine = (file: string): string => {
 
 interface Server {
   readonly role: Role;
-  readonly child: ChildProcess;
   readonly url: string;
+  readonly socket: string;
   readonly log: string;
-  readonly exited: Promise<string>;
-  readonly isRunning: () => boolean;
+  /** Starts the program; on the same socket and password every time. */
+  launch(): void;
+  pid(): number | undefined;
+  isRunning(): boolean;
+  /** Resolves with the reason when the process launched last ends. */
+  ended(): Promise<string>;
+  end(signal: 'SIGTERM' | 'SIGKILL'): void;
 }
 
-function launch(role: Role, program: string, directory: string, sockets: string): Server {
+/** One server: writes its configuration, and knows its process, of which there may be several one after the other. */
+function configureServer(role: Role, program: string, directory: string, sockets: string): Server {
   const password = randomBytes(24).toString('hex');
   const socket = join(sockets, `${role}.sock`);
   const configuration = join(directory, `${role}.conf`);
   const log = join(directory, `${role}.log`);
   mkdirSync(join(directory, role), { recursive: true, mode: 0o700 });
-  rmSync(socket, { force: true });
-  rmSync(log, { force: true });
-  rmSync(configuration, { force: true }); // so that the mode below applies
+  for (const file of [log, configuration]) rmSync(file, { force: true }); // so that the mode below applies
   writeFileSync(configuration, redisConfiguration(role, directory, socket, password), { mode: 0o600 });
-  const child = spawn(program, [configuration], { stdio: 'ignore', detached: true });
-  const exited = new Promise<string>((settle) => {
-    child.once('error', (error) => settle(error.message));
-    child.once('exit', (status, signal) => settle(`${role} server ended (${signal ?? `exit ${status}`}): ${lastLine(log)}`));
-  });
-  const isRunning = (): boolean => child.pid !== undefined && child.exitCode === null && child.signalCode === null;
-  return { role, child, url: `unix://${socket}?password=${password}`, log, exited, isRunning };
+  let child: ChildProcess | undefined;
+  let end: Promise<string> = Promise.resolve('not started');
+  return {
+    role,
+    url: `unix://${encodeURI(socket)}?password=${password}`,
+    socket,
+    log,
+    launch: () => {
+      rmSync(socket, { force: true });
+      const launched = spawn(program, [configuration], { stdio: 'ignore', detached: true });
+      end = new Promise((settle) => {
+        launched.once('error', (error) => settle(error.message));
+        launched.once('exit', (status, signal) => settle(`the server of the ${role} ended (${signal ?? `exit ${status}`}): ${lastLine(log)}`));
+      });
+      child = launched;
+    },
+    pid: () => child?.pid,
+    isRunning: () => child?.pid !== undefined && child.exitCode === null && child.signalCode === null,
+    ended: () => end,
+    end: (signal) => void child?.kill(signal),
+  };
 }
 
 /** Waits until the server answers PING with its password; it answers an error while it still loads its file. */
 async function ready(server: Server, program: string, config: Config): Promise<void> {
   const answers = async (): Promise<boolean> => {
-    if (!server.isRunning()) throw new NnError('REDIS_UNAVAILABLE', `${program} does not start: ${await server.exited}`);
+    if (!server.isRunning()) throw new NnError('REDIS_UNAVAILABLE', `${program} does not start: ${await server.ended()}`);
     const redis = openRedis(server.url, { ...config, redis: { ...config.redis, connectTimeoutMs: 1000 } }, 'command');
     try {
-      await Promise.race([redis.connect(), server.exited]);
+      await Promise.race([redis.connect(), server.ended()]);
       return (await redis.ping()) === 'PONG';
     } catch (error) {
       if (/WRONGPASS|NOAUTH/.test((error as Error).message)) throw error;
@@ -189,14 +211,14 @@ async function ready(server: Server, program: string, config: Config): Promise<v
     }
   };
   const { log } = server;
-  const socketThere = (): boolean => !server.isRunning() || existsSocket(server.url);
+  const socketThere = (): boolean => !server.isRunning() || existsSocket(server.socket);
   if ((await until(socketThere, START_TIMEOUT_MS)) && (await until(answers, START_TIMEOUT_MS))) return;
   throw new NnError('REDIS_UNAVAILABLE', `${program} does not answer within ${START_TIMEOUT_MS / 1000} s: ${lastLine(log)}`);
 }
 
-function existsSocket(url: string): boolean {
+function existsSocket(path: string): boolean {
   try {
-    return lstatSync(new URL(url).pathname).isSocket();
+    return lstatSync(path).isSocket();
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === 'ENOENT') return false;
     throw error;
@@ -204,9 +226,8 @@ function existsSocket(url: string): boolean {
 }
 
 /** A shell that stops the servers when this process is gone, however it went: then its pipe ends. */
-function startWatchdog(servers: readonly Server[]): ChildProcess {
-  const pids = servers.map(({ child }) => String(child.pid));
-  const watchdog = spawn('/bin/sh', ['-c', 'cat >/dev/null; kill "$@" 2>/dev/null', 'cuda-nn-watchdog', ...pids], {
+function startWatchdog(pids: readonly number[]): ChildProcess {
+  const watchdog = spawn('/bin/sh', ['-c', 'cat >/dev/null; kill "$@" 2>/dev/null', 'cuda-nn-watchdog', ...pids.map(String)], {
     stdio: ['pipe', 'ignore', 'ignore'],
     detached: true,
   });
@@ -215,34 +236,77 @@ function startWatchdog(servers: readonly Server[]): ChildProcess {
   return watchdog;
 }
 
-async function stopServer({ child, exited, isRunning }: Server): Promise<void> {
-  if (!isRunning()) return;
-  child.kill('SIGTERM');
-  if (!(await until(() => !isRunning(), STOP_TIMEOUT_MS))) child.kill('SIGKILL');
-  await exited;
+async function stopServer(server: Server): Promise<void> {
+  if (!server.isRunning()) return;
+  server.end('SIGTERM');
+  if (!(await until(() => !server.isRunning(), STOP_TIMEOUT_MS))) server.end('SIGKILL');
+  await server.ended();
+}
+
+/** Both servers of a home, kept running until `stop`: a server that dies is launched again, within bounds. */
+class Keeper {
+  readonly #servers: readonly Server[];
+  readonly #processesFile: string;
+  readonly #onEvent: (text: string) => void;
+  #watchdog: ChildProcess | undefined;
+  readonly #stopping = new AbortController();
+
+  constructor(servers: readonly Server[], processesFile: string, onEvent: (text: string) => void) {
+    this.#servers = servers;
+    this.#processesFile = processesFile;
+    this.#onEvent = onEvent;
+  }
+
+  launch(server: Server): void {
+    server.launch();
+    const pids = this.#servers.filter((each) => each.isRunning()).map((each) => each.pid()!);
+    writeFileSync(this.#processesFile, JSON.stringify(pids.map(processName)), { mode: 0o600 });
+    this.#watchdog?.kill('SIGKILL');
+    this.#watchdog = startWatchdog(pids);
+  }
+
+  /** Resolves with the reason once a server dies more often than is allowed; never rejects. */
+  async keep(server: Server): Promise<string> {
+    const restarts: number[] = [];
+    for (;;) {
+      const reason = await server.ended();
+      const since = performance.now() - RESTART_WINDOW_MS;
+      while (restarts.length > 0 && restarts[0]! < since) restarts.shift();
+      if (this.#stopping.signal.aborted) return new Promise(() => undefined);
+      if (restarts.length >= RESTARTS) return `Redis: ${reason}`;
+      const pauseMs = RESTART_PAUSE_MS * 2 ** restarts.length;
+      this.#onEvent(`Redis: ${reason}; starting it again`);
+      await new Promise((wake) => setTimeout(wake, pauseMs));
+      if (this.#stopping.signal.aborted) return new Promise(() => undefined);
+      restarts.push(performance.now());
+      this.launch(server);
+    }
+  }
+
+  async stop(): Promise<void> {
+    this.#stopping.abort();
+    this.#watchdog?.kill('SIGKILL');
+    await Promise.all(this.#servers.map(stopServer));
+    rmSync(this.#processesFile, { force: true });
+  }
 }
 
 /**
- * Starts both servers in `config.home` and waits until they answer.
+ * Starts both servers in `config.home` and waits until they answer; `onEvent` hears of servers that died and came back.
  * Throws ALREADY_UP if another process has this home, REDIS_UNAVAILABLE if there is no server program or it fails.
  */
-export async function startEmbeddedRedis(config: Config): Promise<EmbeddedRedis> {
+export async function startEmbeddedRedis(config: Config, onEvent: (text: string) => void = () => undefined): Promise<EmbeddedRedis> {
   const program = findRedisServer(config);
   const home = resolve(config.home);
   const lock = takeHome(home);
   const directory = join(home, 'redis');
   const sockets = socketDirectory(home);
   const processes = join(directory, 'processes.json');
-  const servers: Server[] = [];
-  let watchdog: ChildProcess | undefined;
-  let stopping = false;
+  let keeper: Keeper | undefined;
   const stop = async (): Promise<void> => {
-    stopping = true;
     rmSync(addressFile(config), { force: true });
-    watchdog?.kill('SIGKILL');
-    await Promise.all(servers.map(stopServer));
+    await keeper?.stop();
     for (const role of ROLES) for (const file of [join(sockets, `${role}.sock`), join(directory, `${role}.conf`)]) rmSync(file, { force: true });
-    rmSync(processes, { force: true });
     if (sockets !== directory) rmSync(sockets, { recursive: true, force: true });
     lock.release();
   };
@@ -250,17 +314,15 @@ export async function startEmbeddedRedis(config: Config): Promise<EmbeddedRedis>
     makePrivateDirectory(directory);
     makePrivateDirectory(sockets);
     await endLeftovers(processes);
-    for (const role of ROLES) servers.push(launch(role, program, directory, sockets));
-    writeFileSync(processes, JSON.stringify(servers.filter(({ child }) => child.pid !== undefined).map(({ child }) => processName(child.pid!))), { mode: 0o600 });
-    watchdog = startWatchdog(servers);
+    const servers = ROLES.map((role) => configureServer(role, program, directory, sockets));
+    keeper = new Keeper(servers, processes, onEvent);
+    for (const server of servers) keeper.launch(server);
     for (const server of servers) await ready(server, program, config);
+    const failed = Promise.race(servers.map((server) => keeper!.keep(server)));
     const [queues, exchange] = servers as [Server, Server];
     const addresses: RedisAddresses = { url: queues.url, exchangeUrl: exchange.url };
     rmSync(addressFile(config), { force: true });
     writeFileSync(addressFile(config), `${JSON.stringify(addresses)}\n`, { mode: 0o600 });
-    const failed = new Promise<string>((settle) => {
-      for (const { exited } of servers) void exited.then((reason) => stopping || settle(`Redis: ${reason}`));
-    });
     return { addresses, program, failed, stop };
   } catch (error) {
     await stop();

@@ -18,10 +18,12 @@ export function processName(pid: number): ProcessName {
   return { pid, startedAt: startTime(pid) };
 }
 
+/** Start time of a process; null if it is gone, is a zombie that nobody has waited for, or there is no /proc. */
 function startTime(pid: number): string | null {
   try {
     const stat = readFileSync(`/proc/${pid}/stat`, 'utf8');
-    return stat.slice(stat.lastIndexOf(')') + 2).split(' ')[19] ?? null;
+    const after = stat.slice(stat.lastIndexOf(')') + 2).split(' '); // the name before may hold anything
+    return after[0] === 'Z' || after[0] === 'X' ? null : (after[19] ?? null);
   } catch (error) {
     if (['ENOENT', 'ESRCH', 'EACCES'].includes((error as NodeJS.ErrnoException).code ?? '')) return null;
     throw error;

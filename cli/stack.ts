@@ -30,7 +30,7 @@ export async function provideRedis(life: Lifetime, config: Config, onFailure: (r
     await checkConfiguredRedis(config);
     return 'configured';
   }
-  const redis = await startEmbeddedRedis(config);
+  const redis = await startEmbeddedRedis(config, note);
   life.defer('Redis', () => redis.stop());
   void redis.failed.then(onFailure);
   return 'embedded';

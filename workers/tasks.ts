@@ -1,0 +1,68 @@
+/**
+ * What a worker's main thread asks of its compute thread, and what comes back. Everything here is cloned between threads;
+ * errors travel as records, because classes and codes are lost on the way. Types only: pool.ts sends, thread.ts serves.
+ */
+import type { MessagePort } from 'node:worker_threads';
+import type { ErrorRecord } from '../config/errors.ts';
+import type { Message, Result, StepReport } from '../config/messages.ts';
+import type { Config } from '../config/schema.ts';
+import type { DeviceDescription } from '../cuda/device.ts';
+
+/** Which device a compute thread opens. */
+export interface DeviceChoice {
+  readonly library: 'auto' | 'cpu' | 'cuda';
+  readonly index: number;
+  /** CPU threads; 0: all cores. */
+  readonly threads: number;
+}
+
+/** Given to the compute thread at its start. */
+export interface ThreadData {
+  readonly config: Config;
+  readonly device: DeviceChoice;
+  readonly worker: string;
+  /** Address of the exchange's Redis; never logged. */
+  readonly exchangeUrl: string;
+  /** Signals (signals.ts). */
+  readonly shared: SharedArrayBuffer;
+}
+
+/** The jobs that the compute thread does, by name. */
+export type JobTask = 'steps' | 'shard' | 'reduce' | 'checkpoint' | 'digest' | 'eval' | 'generate';
+
+export type Task =
+  | { readonly [Name in JobTask]: { readonly kind: Name; readonly message: Message<Name>; readonly port?: MessagePort } }[JobTask]
+  /** Opens the device; the first task of a thread. */
+  | { readonly kind: 'open' }
+  /** Deletes all that the exchange holds of a run that is over, and its replica. */
+  | { readonly kind: 'forget'; readonly run: string }
+  /** Frees all native state and closes connections; the last task. */
+  | { readonly kind: 'close' };
+
+export interface TaskValues {
+  readonly steps: Result<'steps'>;
+  readonly shard: Result<'shard'>;
+  readonly reduce: Result<'reduce'>;
+  readonly checkpoint: Result<'checkpoint'>;
+  readonly digest: Result<'digest'>;
+  readonly eval: Result<'eval'>;
+  readonly generate: Result<'generate'>;
+  readonly open: DeviceDescription;
+  readonly forget: number;
+  readonly close: null;
+}
+
+export type TaskKind = Task['kind'];
+export type TaskOf<Kind extends TaskKind> = Extract<Task, { kind: Kind }>;
+
+/** Which replica the thread holds after a task. */
+export type ReplicaState = { readonly run: string; readonly step: number } | null;
+
+export type Outcome<Kind extends TaskKind = TaskKind> =
+  | { readonly ok: true; readonly value: TaskValues[Kind]; readonly replica: ReplicaState }
+  | { readonly ok: false; readonly error: ErrorRecord; readonly replica: ReplicaState };
+
+/** On the port of a `steps` task, for each step. */
+export interface StepMessage {
+  readonly report: StepReport;
+}

@@ -1,0 +1,103 @@
+/**
+ * The compute thread of a worker: owns the device, the replica and the connection to the exchange, and does one task at a
+ * time. Native calls block it, which is why it is a thread of its own. Loaded by piscina (pool.ts) and nobody else; knows no
+ * BullMQ. Tasks and their results: tasks.ts.
+ */
+import { workerData } from 'piscina';
+import { toErrorRecord } from '../config/errors.ts';
+import { keys } from '../config/keys.ts';
+import type { Message, Origin } from '../config/messages.ts';
+import { parseRunSpec } from '../config/run-spec.ts';
+import { Device } from '../cuda/device.ts';
+import type { DeviceDescription } from '../cuda/device.ts';
+import { RedisExchange } from './exchange/redis.ts';
+import { evaluateCheckpoint, generate } from './guests.ts';
+import { Replica } from './replica.ts';
+import { Signals } from './signals.ts';
+import type { Outcome, ReplicaState, StepMessage, Task, TaskValues, ThreadData } from './tasks.ts';
+
+const { config, device: choice, worker, exchangeUrl, shared } = workerData as ThreadData;
+const signals = new Signals(shared);
+const exchange = new RedisExchange({ url: exchangeUrl, config, beat: () => signals.check() });
+
+let device: Device | null = null;
+let held: { readonly replica: Replica; readonly specText: string } | null = null;
+
+/** Does one task. Never throws: failures are values. */
+export default async function serve(task: Task): Promise<Outcome> {
+  try {
+    signals.beat();
+    const value = await perform(task);
+    return { ok: true, value, replica: replicaState() } as Outcome;
+  } catch (error) {
+    return { ok: false, error: toErrorRecord(error), replica: replicaState() };
+  }
+}
+
+async function perform(task: Task): Promise<TaskValues[Task['kind']]> {
+  switch (task.kind) {
+    case 'open':
+      return open();
+    case 'steps':
+      try {
+        return await replicaOf(task.message).steps(task.message, (report) => task.port?.postMessage({ report } satisfies StepMessage));
+      } finally {
+        // The main thread waits for this: nothing is reported after it.
+        task.port?.close();
+      }
+    case 'shard':
+      return replicaOf(task.message).shard(task.message);
+    case 'reduce':
+      return replicaOf(task.message).reduce(task.message);
+    case 'checkpoint':
+      return replicaOf(task.message).checkpoint(task.message);
+    case 'digest':
+      return replicaOf(task.message).digest(task.message);
+    case 'eval':
+      return evaluate(task.message);
+    case 'generate':
+      return generate({ device: choice, worker, signals }, task.message);
+    case 'forget':
+      if (held?.replica.run === task.run) release();
+      return exchange.removeAll(keys(config.redis.prefix).exchangeOf(task.run));
+    case 'close':
+      release();
+      exchange.close();
+      device?.close();
+      device = null;
+      return null;
+  }
+}
+
+function open(): DeviceDescription {
+  device ??= Device.open(choice);
+  return device.description;
+}
+
+async function evaluate(message: Message<'eval'>): Promise<TaskValues['eval']> {
+  const { replica } = message;
+  if (replica !== null) return replicaOf(replica).evaluate({ ...message, replica });
+  return evaluateCheckpoint({ device: choice, worker, signals }, message);
+}
+
+/** The replica of a job's run: the one at hand, or a new one in its place. One run has the device at a time. */
+function replicaOf(origin: Origin): Replica {
+  const specText = JSON.stringify(origin.spec);
+  if (held !== null && held.replica.run === origin.run && held.specText === specText) return held.replica;
+  release();
+  open();
+  const spec = parseRunSpec(origin.spec, `spec of run ${origin.run}`);
+  const replica = new Replica({ device: device!, exchange, signals, config, worker, run: origin.run, spec });
+  held = { replica, specText };
+  return replica;
+}
+
+function release(): void {
+  held?.replica.close();
+  held = null;
+}
+
+function replicaState(): ReplicaState {
+  const step = held?.replica.step ?? null;
+  return held === null || step === null ? null : { run: held.replica.run, step };
+}

@@ -1,0 +1,392 @@
+/**
+ * A worker: the process of one island, forked by the supervisor (main.ts). Its main thread is the BullMQ side: it takes jobs
+ * from the shared queues and from its own, one at a time, checks them, hands them to the compute thread, follows the control
+ * channel, and says with a heartbeat what it holds. Locks are renewed here while the compute thread computes. The only file of
+ * workers/ that imports bullmq; it never touches a tensor.
+ *
+ *   job of a shared queue, device busy for patienceMs -> given back to the queue, which is left alone until the device is idle
+ *   error `never` -> failed for good | `retry` -> failed, BullMQ tries again | `restart` -> failed, then this process exits
+ */
+import { randomUUID } from 'node:crypto';
+import { hostname } from 'node:os';
+import { fileURLToPath } from 'node:url';
+import { UnrecoverableError, WaitingError, Worker } from 'bullmq';
+import type { Job } from 'bullmq';
+import { ERROR_KINDS, NnError, fromErrorRecord, toErrorRecord } from '../config/errors.ts';
+import type { ErrorRecord } from '../config/errors.ts';
+import { keys, workerQueue } from '../config/keys.ts';
+import { parseMessage } from '../config/messages.ts';
+import type { Origin, QueueName, StepReport, TrainJobName, WorkerRecord } from '../config/messages.ts';
+import { checkRedis, openRedis, redisAddresses } from '../config/redis.ts';
+import type { Redis } from '../config/redis.ts';
+import type { Config } from '../config/schema.ts';
+import type { DeviceDescription } from '../cuda/device.ts';
+import { ControlWatcher, stronger } from './control.ts';
+import { Gate } from './gate.ts';
+import { EXIT } from './ipc.ts';
+import type { LogLevel, StartMessage, WorkerMessage } from './ipc.ts';
+import { ComputePool } from './pool.ts';
+import type { Command } from './signals.ts';
+import type { DeviceChoice, JobTask, Outcome, TaskOf } from './tasks.ts';
+
+type ServedQueue = Exclude<QueueName, 'runs'>;
+
+/** The jobs of each queue. */
+const JOBS: Readonly<Record<ServedQueue, readonly JobTask[]>> = {
+  train: ['steps', 'shard', 'reduce', 'checkpoint', 'digest'] satisfies TrainJobName[],
+  eval: ['eval'],
+  generate: ['generate'],
+};
+
+/** Jobs that end early, or not at all, at the word of the control; the others are over soon and heed only `drop`. */
+const STOPPABLE: readonly JobTask[] = ['steps', 'shard', 'reduce'];
+
+/**
+ * The shared queues that a worker of these precisions serves: queues are split by capability, so that no worker takes a job that
+ * it cannot do. The queues without a suffix are for fp32, which every device computes; another precision adds its own
+ * (`train-bf16`) here and where jobs are put (orchestrator/queues.ts).
+ */
+export function sharedQueues(_precisions: WorkerRecord['precisions']): ServedQueue[] {
+  return ['train', 'eval', 'generate'];
+}
+
+/** What a device computes. */
+export const precisionsOf = (device: Pick<DeviceDescription, 'kind'>): WorkerRecord['precisions'] => (device.kind === 'cuda' ? ['fp32', 'bf16'] : ['fp32']);
+
+export interface IslandOptions {
+  readonly id: string;
+  readonly config: Config;
+  readonly device: DeviceChoice;
+  readonly log: (level: LogLevel, message: string, error?: unknown) => void;
+  /** Something that only a new process cures; the job that met it is reported already. Called once. */
+  readonly onFault: (error: ErrorRecord) => void;
+}
+
+/** The island's side of Redis and BullMQ; the process around it is `runProcess`. */
+export class Island {
+  readonly #options: IslandOptions;
+  readonly #config: Config;
+  readonly #names: ReturnType<typeof keys>;
+  readonly #gate: Gate;
+  readonly #queues: Worker[] = [];
+  readonly #waitingForIdle = new Set<Worker>();
+  readonly #startedAtMs = Date.now();
+  readonly #incarnation = randomUUID();
+  #pool!: ComputePool;
+  #control!: ControlWatcher;
+  #connection!: Redis;
+  #commands!: Redis;
+  #device!: DeviceDescription;
+  #heartbeat: NodeJS.Timeout | undefined;
+  #beating = false;
+  #draining = false;
+  #faulted = false;
+  /** The command of this process itself, beside that of the control. */
+  #localCommand: Command = 'run';
+  #controlCommand: Command = 'run';
+  #job: { readonly id: string; readonly kind: JobTask } | null = null;
+
+  constructor(options: IslandOptions) {
+    this.#options = options;
+    this.#config = options.config;
+    this.#names = keys(options.config.redis.prefix);
+    this.#gate = new Gate(() => this.#onIdle());
+  }
+
+  get device(): DeviceDescription {
+    return this.#device;
+  }
+
+  /** Checks Redis, opens the device, and begins to serve. Throws REDIS_*, LIBRARY_INVALID, DEVICE_*. */
+  async start(): Promise<void> {
+    const { id, device, log } = this.#options;
+    const { url, exchangeUrl } = redisAddresses(this.#config);
+    await checkRedis(url, this.#config);
+    if (exchangeUrl !== url) await checkRedis(exchangeUrl, this.#config);
+    this.#pool = new ComputePool({ config: this.#config, device, worker: id, exchangeUrl });
+    const opened = await this.#pool.run({ kind: 'open' });
+    if (!opened.ok) throw fromErrorRecord(opened.error);
+    this.#device = opened.value;
+    const onError = (error: Error): void => log('debug', `Redis: ${error.message}`);
+    this.#commands = openRedis(url, this.#config, 'command', onError);
+    this.#connection = openRedis(url, this.#config, 'blocking', onError);
+    this.#control = new ControlWatcher(url, this.#config, onError);
+    await this.#beat();
+    this.#heartbeat = setInterval(() => void this.#beat(), this.#config.worker.heartbeatMs);
+    for (const queue of ['train', 'eval', 'generate'] as const) this.#serve(queue, workerQueue(queue, id), true);
+    for (const queue of sharedQueues(precisionsOf(this.#device))) this.#serve(queue, queue, false);
+    await Promise.all(this.#queues.map((queue) => queue.waitUntilReady()));
+  }
+
+  /**
+   * Takes no more jobs, lets the one at hand end (`steps` at the step boundary), signs off and closes everything. After
+   * drainMs the step at hand is given up; nothing is lost by that, another worker computes it again.
+   */
+  async drain(): Promise<void> {
+    if (this.#draining) return;
+    this.#draining = true;
+    clearInterval(this.#heartbeat);
+    this.#command('yield');
+    this.#gate.close();
+    const giveUp = setTimeout(() => this.#command('drop'), this.#config.worker.drainMs);
+    await this.#record().catch((error: Error) => this.#options.log('debug', `last heartbeat: ${error.message}`));
+    await Promise.all(this.#queues.map((queue) => queue.close()));
+    clearTimeout(giveUp);
+    await this.#pool.close();
+    await this.#commands.hdel(this.#names.workers, this.#options.id).catch((error: Error) => this.#options.log('debug', `signing off: ${error.message}`));
+    this.#control.close();
+    this.#commands.disconnect();
+    this.#connection.disconnect();
+  }
+
+  /** Listens to one queue. */
+  #serve(queue: ServedQueue, name: string, own: boolean): void {
+    const { queue: knobs, redis } = this.#config;
+    const worker: Worker = new Worker(name, (job: Job, token?: string): Promise<unknown> => this.#take(worker, queue, own, job, token!), {
+      connection: this.#connection,
+      prefix: redis.prefix,
+      name: this.#options.id,
+      concurrency: 1,
+      lockDuration: knobs.lockDurationMs,
+      lockRenewTime: knobs.lockDurationMs / 2,
+      stalledInterval: knobs.stalledIntervalMs,
+      maxStalledCount: knobs.maxStalledCount,
+      runRetryDelay: Math.min(knobs.stalledIntervalMs, redis.retryMaximumMs),
+    });
+    worker.on('error', (error) => this.#options.log('debug', `queue ${name}: ${error.message}`));
+    worker.on('lockRenewalFailed', (ids: string[]) => {
+      if (this.#job === null || !ids.includes(this.#job.id)) return;
+      this.#options.log('warn', `job ${this.#job.id} lost its lock and is given up`);
+      this.#command('drop');
+    });
+    this.#queues.push(worker);
+  }
+
+  /** One job: waits for the device, or gives the job back; then does it. What it throws is what BullMQ records. */
+  async #take(worker: Worker, queue: ServedQueue, own: boolean, job: Job, token: string): Promise<unknown> {
+    const leave = await this.#gate.enter(own ? Number.POSITIVE_INFINITY : this.#config.worker.patienceMs);
+    if (leave === null) return this.#giveBack(worker, job, token);
+    let outcome: Outcome<JobTask>;
+    try {
+      outcome = await this.#perform(queue, job);
+    } catch (error) {
+      outcome = { ok: false, error: toErrorRecord(error), replica: null };
+    } finally {
+      this.#job = null;
+      leave();
+    }
+    if (outcome.ok) return outcome.value;
+    throw this.#failure(worker, job, outcome.error);
+  }
+
+  /** Puts a job back for others. The queue is left alone until this device is idle, or the same job would come at once. */
+  async #giveBack(worker: Worker, job: Job, token: string): Promise<never> {
+    if (!this.#draining) {
+      await worker.pause(true);
+      this.#waitingForIdle.add(worker);
+    }
+    await job.moveToWait(token);
+    if (!this.#gate.busy) this.#onIdle();
+    throw new WaitingError();
+  }
+
+  async #perform(queue: ServedQueue, job: Job): Promise<Outcome<JobTask>> {
+    const kind = job.name as JobTask;
+    if (!JOBS[queue].includes(kind)) throw new NnError('MESSAGE_INVALID', `queue ${queue} has no jobs named ${JSON.stringify(job.name)}`, { queue });
+    const task = { kind, message: parseMessage(kind, job.data) } as TaskOf<JobTask>;
+    const origin = originOf(task);
+    this.#requirePrecision(origin);
+    this.#job = { id: job.id!, kind };
+    this.#controlCommand = 'run';
+    this.#localCommand = this.#draining ? 'yield' : 'run';
+    this.#command(this.#localCommand);
+    const watch = origin === null ? null : await this.#control.watch(origin.run, origin.epoch, (command) => this.#onControl(command));
+    const progress = new Progress(job, this.#options, origin?.epoch ?? 0);
+    try {
+      if (this.#pool.signals.command === 'drop') throw new NnError('CANCELLED', `job ${job.id} is of an older epoch, or its run is over`, { job: job.id! });
+      const outcome = await this.#pool.run(task, kind === 'steps' ? (report) => progress.report(report) : undefined);
+      await progress.sent();
+      if (origin !== null && watch?.command === 'drop') await this.#forgetIfOver(origin.run);
+      return outcome;
+    } finally {
+      watch?.stop();
+    }
+  }
+
+  /** An error of the form that BullMQ records: its message is the ErrorRecord as JSON. A fault ends this process once it is recorded. */
+  #failure(worker: Worker, job: Job, record: ErrorRecord): Error {
+    const text = JSON.stringify(record);
+    const recovery = record.code === 'BUG' ? 'retry' : ERROR_KINDS[record.code].recovery;
+    const level = record.code === 'CANCELLED' ? 'debug' : recovery === 'retry' && record.code !== 'BUG' ? 'warn' : 'error';
+    this.#options.log(level, `job ${job.name} ${job.id}: ${record.message}`, record);
+    if (recovery === 'restart') this.#exitAfter(worker, job, record);
+    const error = recovery === 'never' ? new UnrecoverableError(text) : new Error(text);
+    if (record.stack !== undefined) error.stack = record.stack;
+    return error;
+  }
+
+  /** Calls onFault when the failure of `job` is in Redis, or has not got there within the drain's grace. */
+  #exitAfter(worker: Worker, job: Job, record: ErrorRecord): void {
+    if (this.#faulted) return;
+    this.#faulted = true;
+    this.#gate.close();
+    const timer = setTimeout(() => this.#options.onFault(record), this.#config.worker.drainMs);
+    worker.on('failed', (failed) => {
+      if (failed?.id !== job.id) return;
+      clearTimeout(timer);
+      this.#options.onFault(record);
+    });
+  }
+
+  #requirePrecision(origin: Origin | null): void {
+    const precision = origin?.spec['precision'];
+    const able = precisionsOf(this.#device);
+    if (precision === undefined || able.some((each) => each === precision)) return;
+    throw new NnError('DEVICE_UNSUPPORTED', `${this.#device.name} computes ${able.join(' and ')}, not ${String(precision)}`, { precision: String(precision) });
+  }
+
+  #onControl(command: Command): void {
+    const stoppable = this.#job !== null && STOPPABLE.includes(this.#job.kind);
+    this.#controlCommand = stoppable || command === 'drop' ? command : 'run';
+    this.#command(this.#localCommand);
+  }
+
+  /** Sets this process's own command, and tells the compute thread the stronger of it and the control's. */
+  #command(local: Command): void {
+    this.#localCommand = stronger(this.#localCommand, local);
+    this.#pool.signals.command = stronger(this.#localCommand, this.#controlCommand);
+  }
+
+  /** The device is free: the queues that were left alone are listened to again. */
+  #onIdle(): void {
+    if (this.#draining || this.#faulted) return;
+    for (const worker of this.#waitingForIdle) void worker.resume();
+    this.#waitingForIdle.clear();
+  }
+
+  /** Deletes what a job may have put into the exchange after its run had been cleared away, and frees the run's replica. */
+  async #forgetIfOver(run: string): Promise<void> {
+    if ((await this.#control.read(run)) !== null) return;
+    this.#pool.signals.command = 'run';
+    const outcome = await this.#pool.run({ kind: 'forget', run });
+    if (!outcome.ok) this.#options.log('warn', `run ${run} could not be cleared away: ${outcome.error.message}`, outcome.error);
+  }
+
+  /** One heartbeat; when the last one is still under way (Redis is away), none. */
+  async #beat(): Promise<void> {
+    if (this.#beating) return;
+    this.#beating = true;
+    try {
+      await this.#record();
+      await this.#releaseIfOver();
+    } catch (error) {
+      this.#options.log('debug', `heartbeat: ${(error as Error).message}`);
+    } finally {
+      this.#beating = false;
+    }
+  }
+
+  async #record(): Promise<void> {
+    const { kind, name, index, memoryBytes } = this.#device;
+    const record: WorkerRecord = {
+      id: this.#options.id,
+      incarnation: this.#incarnation,
+      host: hostname(),
+      processId: process.pid,
+      device: { kind, name, index, memoryBytes },
+      precisions: precisionsOf(this.#device),
+      state: this.#draining ? 'draining' : this.#gate.busy ? 'busy' : 'idle',
+      replica: this.#pool.replica,
+      heartbeatAtMs: Date.now(),
+      startedAtMs: this.#startedAtMs,
+    };
+    await this.#commands.hset(this.#names.workers, this.#options.id, JSON.stringify(record));
+  }
+
+  /** An idle worker frees the replica of a run that is over. */
+  async #releaseIfOver(): Promise<void> {
+    const { replica } = this.#pool;
+    if (replica === null || this.#gate.busy || this.#draining || (await this.#control.read(replica.run)) !== null) return;
+    const leave = await this.#gate.enter(0);
+    if (leave === null) return;
+    try {
+      await this.#forgetIfOver(replica.run);
+    } finally {
+      leave();
+    }
+  }
+}
+
+/** The steps of one job on their way to Redis, in order. */
+class Progress {
+  #sent: Promise<void> = Promise.resolve();
+
+  readonly #job: Job;
+  readonly #options: IslandOptions;
+  readonly #epoch: number;
+
+  constructor(job: Job, options: IslandOptions, epoch: number) {
+    this.#job = job;
+    this.#options = options;
+    this.#epoch = epoch;
+  }
+
+  report(report: StepReport): void {
+    const progress = { worker: this.#options.id, epoch: this.#epoch, report };
+    this.#sent = this.#sent
+      .then(() => this.#job.updateProgress(progress))
+      .catch((error: Error) => this.#options.log('debug', `progress of job ${this.#job.id}: ${error.message}`));
+  }
+
+  /** Until every report is in Redis, or has failed to get there: the result of the job holds them all again. */
+  sent(): Promise<void> {
+    return this.#sent;
+  }
+}
+
+/** The run that a task belongs to, if any. */
+function originOf(task: TaskOf<JobTask>): Origin | null {
+  if (task.kind === 'generate') return null;
+  return task.kind === 'eval' ? task.message.replica : task.message;
+}
+
+/** The process around an island: settings from the supervisor, drain on SIGTERM, and an end with the supervisor's. */
+function runProcess(): void {
+  let island: Island | null = null;
+  let stopping = false;
+  const send = (message: WorkerMessage, sent: () => void = () => undefined): void => {
+    if (process.connected) process.send!(message, sent);
+    else sent();
+  };
+  const log: IslandOptions['log'] = (level, message, error) => send({ type: 'log', level, message, ...(error === undefined ? {} : { error: toErrorRecord(error) }) });
+  const end = (record: ErrorRecord): void => {
+    stopping = true;
+    const code = record.code !== 'BUG' && ERROR_KINDS[record.code].recovery === 'never' ? EXIT.refused : EXIT.restart;
+    // exit() would wait for the compute thread, and a hung native call never returns.
+    send({ type: 'fault', error: record }, () => (record.context['hung'] === true ? process.kill(process.pid, 'SIGKILL') : process.exit(code)));
+  };
+  const refuse = (error: unknown): void => end(toErrorRecord(error));
+  const drain = (serving: Island): void => void serving.drain().then(() => process.exit(0), refuse);
+  const stop = (): void => {
+    if (stopping) return;
+    stopping = true;
+    if (island !== null) drain(island);
+  };
+  // Ctrl-C reaches the whole process group: the supervisor decides what it means.
+  process.on('SIGINT', () => undefined);
+  process.on('SIGTERM', stop);
+  process.on('disconnect', () => process.kill(process.pid, 'SIGKILL'));
+  process.on('uncaughtException', refuse);
+  process.on('unhandledRejection', refuse);
+  process.once('message', ({ id, config, device }: StartMessage) => {
+    process.title = `cuda-nn worker ${id}`;
+    const starting = new Island({ id, config, device, log, onFault: end });
+    starting.start().then(() => {
+      if (stopping) return drain(starting);
+      island = starting;
+      send({ type: 'ready', device: starting.device });
+    }, refuse);
+  });
+}
+
+if (process.send !== undefined && process.argv[1] === fileURLToPath(import.meta.url)) runProcess();

@@ -4,6 +4,7 @@
 
 float NN_SIMD(nn_fma_loop)(int64_t rounds) {
   nn_vec sum[NN_PEAK_CHAINS], factor = nn_set(0.999999f);
+#pragma GCC unroll 16
   for (int i = 0; i < NN_PEAK_CHAINS; i++) sum[i] = nn_set((float)i);
   for (int64_t r = 0; r < rounds; r++) {
 #pragma GCC unroll 16
@@ -13,6 +14,7 @@ float NN_SIMD(nn_fma_loop)(int64_t rounds) {
     }
   }
   nn_vec all = sum[0];
+#pragma GCC unroll 16
   for (int i = 1; i < NN_PEAK_CHAINS; i++) all += sum[i];
   return nn_sum_of(all);
 }

@@ -252,6 +252,13 @@ export class Device {
     return Number(bytes[0]);
   }
 
+  /** The float32 multiply-adds a second, times two, that the device's registers allow, measured for about so many seconds. */
+  peakFlops(seconds: number): number {
+    const flops = new Float64Array(1);
+    this.#call('nn_peak_flops', this.#native.nn_peak_flops(this.#context, flops, seconds));
+    return flops[0]!;
+  }
+
   /** Frees what is still allocated and closes the device. Closing twice is allowed. */
   close(): void {
     if (this.#context === 0) return;

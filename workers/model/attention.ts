@@ -56,3 +56,26 @@ export function attentionBackward(
   kernels.gemm(scratch.dnormed1, scratch.dqkv, weights.qkv, T, H, P, 0, 0, dtype, dtype);
   kernels.rmsnormResidualBackward(dx, gradients.attentionNorm, scratch.dnormed1, dx, x, state.reciprocal1, weights.attentionNorm, T, H, dtype);
 }
+
+/** Keys and values of one layer, of C positions for each sequence, and where each sequence stands. */
+export interface AttentionCache {
+  readonly keys: Tensor; // [B, C, G*D]
+  readonly values: Tensor; // [B, C, G*D]
+  readonly start: Tensor; // i32 [B]
+  readonly capacity: number;
+}
+
+/** attentionForward of S new tokens for each sequence, which see the cache and are put into it. No backward. */
+export function attentionCachedForward(
+  kernels: Kernels, delta: Tensor, state: Omit<AttentionState, 'logSumExp'>, cache: AttentionCache, x: Tensor, weights: LayerViews, rope: RopeTables,
+  { B, S, T }: BatchSizes, sizes: Sizes,
+): void {
+  const { H, Q, G, D, P, epsilon, dtype } = sizes;
+  const { keys, values, start, capacity } = cache;
+  kernels.rmsnormForward(state.normed1, state.reciprocal1, x, weights.attentionNorm, T, H, epsilon, dtype);
+  kernels.gemm(state.qkv, state.normed1, weights.qkv, T, P, H, 0, 1, dtype, dtype);
+  kernels.ropeQk(state.qkv, rope.position, rope.cosine, rope.sine, T, Q, G, D, rope.positions, 1, dtype);
+  kernels.cacheAppend(keys, values, state.qkv, start, B, S, capacity, Q, G, D, dtype);
+  kernels.attentionCached(state.attention, state.qkv, keys, values, start, B, S, capacity, Q, G, D, dtype);
+  kernels.gemm(delta, state.attention, weights.output, T, H, Q * D, 0, 1, dtype, dtype);
+}

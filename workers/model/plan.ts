@@ -30,7 +30,7 @@ export interface PlanOptions {
   readonly evaluateOnly?: boolean | undefined;
 }
 
-export type MemoryKind = 'weights' | 'computeWeights' | 'optimizer' | 'gradients' | 'activations' | 'workspace' | 'tables';
+export type MemoryKind = 'weights' | 'computeWeights' | 'optimizer' | 'gradients' | 'activations' | 'cache' | 'workspace' | 'tables';
 
 export interface PlannedBuffer {
   readonly name: string;
@@ -50,7 +50,8 @@ export interface MemoryPlan {
   readonly buffers: ReadonlyMap<string, PlannedBuffer>;
 }
 
-type Request = Omit<PlannedBuffer, 'offset'>;
+/** A buffer that has no place yet. */
+export type Request = Omit<PlannedBuffer, 'offset'>;
 
 const ALIGNMENT = 256;
 
@@ -117,17 +118,20 @@ export const reportBytes = (layers: number, experts: number): number => 8 + 4 * 
  * mode also again.<l>.<StateName>; slots.<l>; back.<l>.<ScratchName>; head.normed, head.reciprocal, head.loss, dx.
  */
 export function memoryPlan(options: PlanOptions, workspaceBytes = 0): MemoryPlan {
-  const lasting = lastingBuffers(options, workspaceBytes);
+  return layOut(lastingBuffers(options, workspaceBytes), activationBuffers(options));
+}
+
+/** A plan with the lasting buffers one after the other, and behind them the passing ones, which share what they can. */
+export function layOut(lasting: readonly Request[], passing: readonly Request[]): MemoryPlan {
   const buffers = new Map<string, PlannedBuffer>();
   let end = 0;
   for (const request of lasting) {
     buffers.set(request.name, { ...request, offset: end });
     end += bytesOf(request);
   }
-  const activations = activationBuffers(options);
-  const { offsets, bytes: activationBytes } = place(activations);
-  activations.forEach((request, index) => buffers.set(request.name, { ...request, offset: end + offsets[index]! }));
-  const bytes: Record<MemoryKind, number> = { weights: 0, computeWeights: 0, optimizer: 0, gradients: 0, activations: activationBytes, workspace: 0, tables: 0 };
+  const { offsets, bytes: activationBytes } = place(passing);
+  passing.forEach((request, index) => buffers.set(request.name, { ...request, offset: end + offsets[index]! }));
+  const bytes: Record<MemoryKind, number> = { weights: 0, computeWeights: 0, optimizer: 0, gradients: 0, activations: activationBytes, cache: 0, workspace: 0, tables: 0 };
   for (const request of lasting) bytes[request.kind] += bytesOf(request);
   return { totalBytes: end + activationBytes, bytes, buffers };
 }

@@ -12,8 +12,8 @@ import { createHash } from 'node:crypto';
 import type { RunSpec } from '../../config/run-spec.ts';
 import { reinterpret, slice } from '../../cuda/device.ts';
 import type { Device, Kernels, Tensor } from '../../cuda/device.ts';
+import { decodeBf16, encodeBf16 } from '../../data/safetensors.ts';
 import { Arena } from './arena.ts';
-import { fromBfloat16, toBfloat16 } from './bfloat16.ts';
 import { Network } from './network.ts';
 import type { Batch, Report } from './network.ts';
 import { layoutParameters, viewsOf } from './parameters.ts';
@@ -278,7 +278,7 @@ export class Trainer {
     if (tensor.dtype === 'f32') return this.#device.download(into, tensor);
     const bits = new Uint16Array(into.length);
     this.#device.download(bits, tensor);
-    fromBfloat16(into, bits);
+    decodeBf16(bits, into);
   }
 
   /** Replaces it. After the last call, commitState. */
@@ -286,7 +286,7 @@ export class Trainer {
     const tensor = this.#stateOf(kind, parameter, from);
     if (tensor.dtype === 'f32') return this.#device.upload(tensor, from);
     const bits = new Uint16Array(from.length);
-    toBfloat16(bits, from);
+    encodeBf16(from, bits);
     this.#device.upload(tensor, bits);
   }
 

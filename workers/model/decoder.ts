@@ -1,0 +1,311 @@
+/**
+ * Generation from a model's weights: prompts of different lengths side by side, a key/value cache on the device, prefill in
+ * pieces, then a token at a time. Holds weights in the compute type only; no gradients. Knows nothing of text: tokens in,
+ * tokens out. Used by generate jobs, doctor and the demo. Shape letters: sizes.ts; C = capacity in positions.
+ *
+ * All sequences of a group take each step together. A prompt that ends inside a piece is padded: what the padding writes into
+ * the cache lies behind the prompt's end, is seen by nobody, and is overwritten by the tokens to come. A sequence that has
+ * ended steps on in place until all have.
+ */
+import { NnError } from '../../config/errors.ts';
+import type { ModelConfig } from '../../config/presets.ts';
+import type { Precision } from '../../config/run-spec.ts';
+import { slice } from '../../cuda/device.ts';
+import type { Device, DType, Kernels, Tensor } from '../../cuda/device.ts';
+import { Arena } from './arena.ts';
+import { attentionCachedForward } from './attention.ts';
+import type { AttentionCache } from './attention.ts';
+import { embeddingForward, headLogits } from './head.ts';
+import { combineForward, expertsForward, routeForward } from './moe.ts';
+import type { MoeState } from './moe.ts';
+import { layoutParameters, viewsOf } from './parameters.ts';
+import type { ModelViews, ParameterLayout, WeightSource } from './parameters.ts';
+import { layOut } from './plan.ts';
+import type { MemoryKind, MemoryPlan, Request } from './plan.ts';
+import { sizesOf } from './sizes.ts';
+import type { Sizes } from './sizes.ts';
+
+export type { WeightSource } from './parameters.ts';
+
+export interface DecoderOptions {
+  readonly model: ModelConfig;
+  readonly precision: Precision;
+  /** Positions of a sequence: prompt and generated tokens, the last of which needs none. */
+  readonly capacity: number;
+  /** Sequences generated at once; more prompts are taken in groups of so many. */
+  readonly batch: number;
+  /** Tokens of all prompts taken in at once. Default 512. */
+  readonly prefillTokens?: number;
+}
+
+export interface GenerateOptions {
+  readonly prompts: readonly (readonly number[])[];
+  /** Tokens to generate for each prompt, unless it ends before. */
+  readonly maxTokens: number;
+  readonly method: 'greedy' | 'sample' | 'top-k' | 'top-p';
+  /** Default 1. Greedy takes no notice of it. */
+  readonly temperature?: number;
+  /** Default 40. */
+  readonly topK?: number;
+  /** Default 0.95. */
+  readonly topP?: number;
+  /** Default 0. The same seed, prompts and weights give the same tokens. */
+  readonly seed?: number;
+  /** Token that ends a sequence (it is not part of the output); null: none does. */
+  readonly eos?: number | null;
+  /** NTK scaling of RoPE instead of the model's own. */
+  readonly ntkAlpha?: number | null;
+  /** Called for each token as it is chosen, with the index of its prompt. */
+  readonly onToken?: (prompt: number, token: number) => void;
+  /** Asked after each step; true ends the generation with what there is. */
+  readonly shouldStop?: () => boolean;
+}
+
+const PREFILL_TOKENS = 512;
+
+/** Bytes and places of a decoder's memory. Pure. */
+export function decoderPlan(options: DecoderOptions, workspaceBytes = 0): MemoryPlan {
+  const { model, precision, capacity, batch } = options;
+  const { H, F, E, K, V, Q, G, D, P, L, dtype } = sizesOf(model, precision);
+  const rows = rowsOf(options);
+  const N = rows * K;
+  const buffer = (kind: MemoryKind, name: string, type: DType, length: number): Request => ({ name, kind, dtype: type, length, from: 0, to: Infinity });
+  const activation = (name: string, type: DType, length: number): Request => buffer('activations', name, type, length);
+  return layOut(
+    [
+      buffer(dtype === 'f32' ? 'weights' : 'computeWeights', 'weights', dtype, layoutParameters(model).flatLength),
+      buffer('workspace', 'workspace', 'u8', workspaceBytes),
+      buffer('tables', 'cosine', 'f32', capacity * (D / 2)),
+      buffer('tables', 'sine', 'f32', capacity * (D / 2)),
+      buffer('tables', 'position', 'i32', rows),
+      buffer('tables', 'tokens', 'i32', rows),
+      ...['start', 'counter', 'row', 'token'].map((name) => buffer('tables', name, 'i32', batch)),
+      ...Array.from({ length: L }, (_, layer) => [
+        buffer('cache', `keys.${layer}`, dtype, batch * capacity * G * D),
+        buffer('cache', `values.${layer}`, dtype, batch * capacity * G * D),
+      ]).flat(),
+    ],
+    [
+      activation('x', dtype, rows * H), activation('delta', dtype, rows * H), activation('normed1', dtype, rows * H), activation('reciprocal1', 'f32', rows),
+      activation('qkv', dtype, rows * P), activation('attention', dtype, rows * Q * D), activation('normed2', dtype, rows * H),
+      activation('reciprocal2', 'f32', rows), activation('logits', 'f32', rows * E), activation('probability', 'f32', rows * E), activation('weight', 'f32', N),
+      activation('index', 'i32', N), activation('offsets', 'i32', E + 1), activation('load', 'i32', E), activation('slotToken', 'i32', N),
+      activation('slotWeight', 'f32', N), activation('slotOf', 'i32', N), activation('h', dtype, N * F), activation('slots', dtype, N * H),
+      activation('last', dtype, batch * H), activation('head.logits', 'f32', batch * V),
+    ],
+  );
+}
+
+const rowsOf = ({ batch, prefillTokens = PREFILL_TOKENS }: DecoderOptions): number => Math.max(batch, prefillTokens);
+
+export class Decoder {
+  readonly #device: Device;
+  readonly #kernels: Kernels;
+  readonly #options: DecoderOptions;
+  readonly #sizes: Sizes;
+  readonly #layout: ParameterLayout;
+  readonly #arena: Arena;
+  readonly #flat: Tensor;
+  readonly #weights: ModelViews;
+  readonly #state: MoeState;
+  readonly #caches: readonly AttentionCache[];
+  /** NTK alpha that the RoPE tables hold now. */
+  #alphaOf = Number.NaN;
+
+  /** Throws DEVICE_MEMORY, with the bytes needed and there, before it allocates anything. Weights come by loadWeights. */
+  constructor(device: Device, options: DecoderOptions) {
+    const { model, precision, capacity } = options;
+    const rows = rowsOf(options);
+    this.#device = device;
+    this.#kernels = device.kernels;
+    this.#options = options;
+    this.#sizes = sizesOf(model, precision);
+    this.#layout = layoutParameters(model);
+    const workspaceBytes = device.workspaceBytes({ T: rows, S: rows, ...this.#sizes }, this.#sizes.dtype);
+    this.#arena = new Arena(device, decoderPlan(options, workspaceBytes), 'take fewer prompts at once, fewer tokens, or a larger device');
+    const at = (name: string): Tensor => this.#arena.tensor(name);
+    this.#flat = at('weights');
+    this.#weights = viewsOf(model, this.#layout, this.#flat);
+    this.#state = {
+      sum: at('x'), reciprocal2: at('reciprocal2'), normed2: at('normed2'), logits: at('logits'), probability: at('probability'), weight: at('weight'),
+      index: at('index'), offsets: at('offsets'), load: at('load'), slotToken: at('slotToken'), slotWeight: at('slotWeight'), slotOf: at('slotOf'),
+      gateUp: null, h: at('h'),
+    };
+    this.#caches = this.#weights.layers.map((_, layer) => ({ keys: at(`keys.${layer}`), values: at(`values.${layer}`), start: at('start'), capacity }));
+  }
+
+  /** Takes all weights from a source, rounding them to the compute type. What the source lacks, it throws for. */
+  loadWeights(source: WeightSource): void {
+    const { parameters } = this.#layout;
+    const { dtype } = this.#sizes;
+    const longest = parameters.reduce((most, { length }) => Math.max(most, length), 0);
+    const host = new Float32Array(longest);
+    const staging = dtype === 'f32' ? null : this.#device.allocate('f32', longest);
+    try {
+      for (const { name, offset, length } of parameters) {
+        const values = host.subarray(0, length);
+        source.read(name, values);
+        const target = slice(this.#flat, offset, length);
+        this.#device.upload(staging ?? target, values);
+        if (staging !== null) this.#kernels.cast(target, staging, length, dtype, 'f32');
+      }
+    } finally {
+      if (staging !== null) this.#device.free(staging);
+    }
+  }
+
+  /**
+   * The generated tokens of each prompt, without the prompt. Throws DATA_INVALID for an empty prompt, a token outside the
+   * vocabulary, or more positions than the decoder has.
+   */
+  generate(options: GenerateOptions): number[][] {
+    const { prompts, maxTokens } = options;
+    for (const [index, prompt] of prompts.entries()) this.#checkTokens(prompt, `prompt ${index}`, maxTokens);
+    const outputs: number[][] = [];
+    for (let first = 0; first < prompts.length; first += this.#options.batch) {
+      outputs.push(...this.#generateGroup(prompts.slice(first, first + this.#options.batch), first, options));
+      if (options.shouldStop?.() === true) while (outputs.length < prompts.length) outputs.push([]);
+    }
+    return outputs.slice(0, prompts.length);
+  }
+
+  /** The logits [tokens.length, V] of one sequence, fed through the cache in pieces of `pieceLength`: for checks and scoring. */
+  logits(tokens: readonly number[], pieceLength: number, ntkAlpha: number | null = null): Float32Array {
+    this.#checkTokens(tokens, 'the sequence', 1);
+    const { V } = this.#sizes;
+    this.#begin(ntkAlpha);
+    const all = new Float32Array(tokens.length * V);
+    for (let from = 0; from < tokens.length; from += pieceLength) {
+      const piece = tokens.slice(from, from + pieceLength);
+      this.#forward([piece], [from]);
+      for (let i = 0; i < piece.length; i++) {
+        this.#gatherLast(0, i);
+        this.#headOf(this.#arena.tensor('last'), 1);
+        this.#device.download(all.subarray((from + i) * V, (from + i + 1) * V), this.#arena.tensor('head.logits'));
+      }
+    }
+    return all;
+  }
+
+  /** Gives the memory back; the decoder is of no use afterwards. */
+  close(): void {
+    this.#device.setWorkspace(null);
+    this.#arena.free();
+  }
+
+  #checkTokens(tokens: readonly number[], where: string, maxTokens: number): void {
+    const { capacity, model } = this.#options;
+    const refuse = (problem: string): never => {
+      throw new NnError('DATA_INVALID', `${where} ${problem}`);
+    };
+    if (tokens.length === 0) refuse('is empty: generation needs at least one token to start from');
+    const bad = tokens.find((token) => !(Number.isInteger(token) && token >= 0 && token < model.vocabSize));
+    if (bad !== undefined) refuse(`has the token ${bad}, but the model's vocabulary has ${model.vocabSize}`);
+    const positions = tokens.length + Math.max(0, maxTokens - 1);
+    if (positions > capacity) refuse(`of ${tokens.length} tokens and ${maxTokens} new ones take ${positions} positions, but there are ${capacity}`);
+  }
+
+  /** One group of prompts, `first` being the index of its first prompt. */
+  #generateGroup(prompts: readonly (readonly number[])[], first: number, options: GenerateOptions): number[][] {
+    const { maxTokens, eos = null, onToken, shouldStop } = options;
+    const outputs: number[][] = prompts.map(() => []);
+    if (maxTokens < 1) return outputs;
+    this.#begin(options.ntkAlpha ?? null);
+    this.#prefill(prompts);
+    const B = prompts.length;
+    /** The position of each sequence's newest token, once it has been fed. */
+    const position = prompts.map((prompt) => prompt.length - 1);
+    const isEnded = prompts.map(() => false);
+    const chosen = new Int32Array(B);
+    for (;;) {
+      this.#choose(position, first, options);
+      this.#device.download(chosen, this.#arena.tensor('token'));
+      for (const [b, output] of outputs.entries()) {
+        if (isEnded[b] === true) continue;
+        const token = chosen[b]!;
+        if (token === eos) isEnded[b] = true;
+        else {
+          output.push(token);
+          onToken?.(first + b, token);
+          isEnded[b] = output.length === maxTokens;
+        }
+      }
+      if (isEnded.every(Boolean) || shouldStop?.() === true) return outputs;
+      for (let b = 0; b < B; b++) if (isEnded[b] !== true) position[b]!++;
+      this.#forward(outputs.map((output, b) => [isEnded[b] === true ? 0 : output.at(-1)!]), position);
+      this.#headOf(this.#arena.tensor('x'), B);
+    }
+  }
+
+  /** Lends the workspace and sees to the RoPE tables. */
+  #begin(ntkAlpha: number | null): void {
+    const { model, capacity } = this.#options;
+    this.#device.setWorkspace(this.#arena.tensor('workspace'));
+    const alpha = ntkAlpha ?? model.ntkAlpha;
+    if (alpha === this.#alphaOf) return;
+    this.#kernels.ropeFreqs(this.#arena.tensor('cosine'), this.#arena.tensor('sine'), capacity, this.#sizes.D, model.ropeTheta, alpha);
+    this.#alphaOf = alpha;
+  }
+
+  /** Feeds the prompts in pieces and leaves the logits of each prompt's last token. */
+  #prefill(prompts: readonly (readonly number[])[]): void {
+    const longest = prompts.reduce((most, { length }) => Math.max(most, length), 0);
+    const pieceLength = Math.max(1, Math.floor(rowsOf(this.#options) / prompts.length));
+    for (let from = 0; from < longest; from += pieceLength) {
+      const S = Math.min(pieceLength, longest - from);
+      this.#forward(prompts.map((prompt) => Array.from({ length: S }, (_, i) => prompt[from + i] ?? 0)), prompts.map(() => from));
+      for (const [b, { length }] of prompts.entries()) if (length > from && length <= from + S) this.#gatherLast(b, b * S + length - 1 - from);
+    }
+    this.#headOf(this.#arena.tensor('last'), prompts.length);
+  }
+
+  /** Runs S tokens of each sequence, the first of which stands at start[b], through all layers. Leaves x [B*S, H]. */
+  #forward(tokens: readonly (readonly number[])[], start: readonly number[]): void {
+    const B = tokens.length;
+    const S = tokens[0]!.length;
+    const batch = { B, S, T: B * S };
+    const at = (name: string): Tensor => this.#arena.tensor(name);
+    this.#device.upload(at('tokens'), Int32Array.from(tokens.flat()));
+    this.#device.upload(at('start'), Int32Array.from(start));
+    this.#device.upload(at('position'), Int32Array.from({ length: B * S }, (_, row) => start[Math.floor(row / S)]! + (row % S)));
+    const rope = { cosine: at('cosine'), sine: at('sine'), position: at('position'), positions: this.#options.capacity };
+    const attention = { reciprocal1: at('reciprocal1'), normed1: at('normed1'), qkv: at('qkv'), attention: at('attention') };
+    const [x, delta, slots] = [at('x'), at('delta'), at('slots')];
+    embeddingForward(this.#kernels, x, at('tokens'), this.#weights, batch, this.#sizes);
+    for (const [layer, weights] of this.#weights.layers.entries()) {
+      attentionCachedForward(this.#kernels, delta, attention, this.#caches[layer]!, x, weights, rope, batch, this.#sizes);
+      routeForward(this.#kernels, this.#state, x, delta, weights, batch, this.#sizes);
+      expertsForward(this.#kernels, this.#state, weights, batch, this.#sizes);
+      combineForward(this.#kernels, x, slots, this.#state, weights, batch, this.#sizes);
+    }
+  }
+
+  /** last[b] = x[row]: a lookup with x as the table. */
+  #gatherLast(b: number, row: number): void {
+    const { H, dtype } = this.#sizes;
+    const index = slice(this.#arena.tensor('row'), b, 1);
+    const x = this.#arena.tensor('x');
+    this.#device.upload(index, Int32Array.of(row));
+    this.#kernels.embeddingForward(slice(this.#arena.tensor('last'), b * H, H), index, x, 1, H, x.length / H, dtype);
+  }
+
+  /** Leaves the logits of `rows` last hidden states. */
+  #headOf(x: Tensor, rows: number): void {
+    const scratch = { normed: this.#arena.tensor('normed1'), reciprocal: this.#arena.tensor('reciprocal1') };
+    headLogits(this.#kernels, this.#arena.tensor('head.logits'), scratch, x, this.#weights, rows, this.#sizes);
+  }
+
+  /** Chooses a token for each sequence, which stands at position[b]. Prompts of later groups draw other random numbers. */
+  #choose(position: readonly number[], first: number, options: GenerateOptions): void {
+    const { method, temperature = 1, topK = 40, topP = 0.95, seed = 0 } = options;
+    const B = position.length;
+    const { V } = this.#sizes;
+    const [token, logits, counter] = [this.#arena.tensor('token'), this.#arena.tensor('head.logits'), this.#arena.tensor('counter')];
+    if (method === 'greedy') return this.#kernels.argmax(token, logits, B, V, 'f32');
+    const group = first / this.#options.batch;
+    this.#device.upload(counter, Int32Array.from(position, (each) => each + group * this.#options.capacity));
+    if (method === 'sample') this.#kernels.sample(token, logits, counter, B, V, temperature, seed, 'f32');
+    else if (method === 'top-k') this.#kernels.topkSample(token, logits, counter, B, V, Math.min(topK, V), temperature, seed, 'f32');
+    else this.#kernels.toppSample(token, logits, counter, B, V, topP, temperature, seed, 'f32');
+  }
+}

@@ -1,0 +1,292 @@
+/**
+ * The words of the run machine: its state, its events, its effects, and the record that others see of it. PURE, types
+ * and small constructors only; the rules are in run-machine.ts, the doing in driver.ts.
+ */
+import type { ErrorRecord } from '../config/errors.ts';
+import type { Control } from '../config/keys.ts';
+import type { Result, RunEvent, RunPhase, RunRecord, StepReport } from '../config/messages.ts';
+import type { RunSpec } from '../config/run-spec.ts';
+import type { CheckpointPlace, Measurements, Way, WorkerView } from './plan.ts';
+
+/** The knobs that the machine obeys, and where its run lives. Constant for the life of a driver. */
+export interface RunSettings {
+  readonly run: string;
+  readonly spec: RunSpec;
+  /** Checkpoints are written to `<checkpointRoot>/step-<n>`. */
+  readonly checkpointRoot: string;
+  /** Steps whose reduced gradients the exchange may hold before a checkpoint is brought forward. */
+  readonly logSteps: number;
+  readonly maxReplans: number;
+  readonly stepsPerJob: number;
+  readonly lookupMs: number;
+  readonly jobTimeoutMs: number;
+  /** First pause after the second replan in a row, doubled each time up to the maximum. */
+  readonly backoffMs: number;
+  readonly backoffMaximumMs: number;
+}
+
+export type MachineJobName = 'steps' | 'shard' | 'reduce' | 'checkpoint' | 'digest' | 'eval';
+
+/** Which queue: the shared one, or the worker's own. */
+export interface QueueAddress {
+  readonly queue: 'train' | 'eval';
+  readonly worker: string | null;
+}
+
+export interface JobAddress extends QueueAddress {
+  readonly id: string;
+}
+
+export interface NewJob extends JobAddress {
+  readonly name: MachineJobName;
+  readonly data: object;
+  readonly priority: number;
+}
+
+/** `<run>.<epoch>.<name>.<step>.<part>`: the same job has the same id, so adding it twice adds it once. */
+export const jobId = (run: string, epoch: number, name: MachineJobName, step: number, part: number): string => `${run}.${epoch}.${name}.${step}.${part}`;
+
+export interface JobIdParts {
+  readonly run: string;
+  readonly epoch: number;
+  readonly name: MachineJobName;
+  readonly step: number;
+  readonly part: number;
+}
+
+/** The parts of an id of `jobId`, or null. The run's name may itself hold dots, so the parts are read from the right. */
+export function parseJobId(id: string): JobIdParts | null {
+  const match = /^(.+)\.(\d+)\.(steps|shard|reduce|checkpoint|digest|eval)\.(\d+)\.(\d+)$/.exec(id);
+  if (match === null) return null;
+  return { run: match[1]!, epoch: Number(match[2]), name: match[3] as MachineJobName, step: Number(match[4]), part: Number(match[5]) };
+}
+
+/** A worker process: two processes of one id, one after the other, are two of these. */
+export interface Holder {
+  readonly id: string;
+  readonly incarnation: string;
+}
+
+/** What is under way. At most one at a time; null: the machine is about to decide, or waits. */
+export type Activity =
+  | { readonly kind: 'claim'; readonly workers: readonly string[] }
+  | { readonly kind: 'steps'; readonly job: JobAddress; readonly holder: Holder; readonly fromStep: number; readonly stepCount: number }
+  | { readonly kind: 'flow'; readonly step: number; readonly parent: JobAddress; readonly children: readonly JobAddress[]; readonly holders: readonly Holder[] }
+  | { readonly kind: 'checkpoint'; readonly job: JobAddress; readonly holder: Holder; readonly step: number; readonly directory: string }
+  | { readonly kind: 'eval'; readonly job: JobAddress; readonly holder: Holder; readonly step: number }
+  | {
+      readonly kind: 'digest';
+      readonly final: boolean;
+      readonly step: number;
+      readonly jobs: readonly (JobAddress & { readonly holder: Holder })[];
+      readonly results: readonly Result<'digest'>[];
+    }
+  | { readonly kind: 'findCheckpoints' };
+
+export interface RunState {
+  readonly settings: RunSettings;
+  /** False until recovery has told everything; nothing is decided before. */
+  readonly ready: boolean;
+  readonly phase: RunPhase;
+  readonly epoch: number;
+  /** What Control says now. */
+  readonly command: Control['command'];
+  /** Steps counted: reported and appended to the metrics, each once, in order. Never falls. */
+  readonly step: number;
+  /** Where the computation stands. Falls back to `sharedVersion` when the only replica at it is lost. */
+  readonly version: number;
+  /** The newest version that any worker can reach: the newest checkpoint and the reduced gradients after it. */
+  readonly sharedVersion: number;
+  /** Who holds a replica at `version`. */
+  readonly home: Holder | null;
+  /** Good checkpoints, oldest first. */
+  readonly checkpoints: readonly CheckpointPlace[];
+  /** Reduced gradients up to here were deleted from the exchange. */
+  readonly trimmedThrough: number;
+  readonly activity: Activity | null;
+  /** Reports that came before those of earlier steps. */
+  readonly early: ReadonlyMap<number, StepReport>;
+  /** Digest of each shard's gradient, for the last few steps: step -> shard -> digest and who computed it. */
+  readonly digests: ReadonlyMap<number, ReadonlyMap<number, { readonly digest: string; readonly worker: string }>>;
+  readonly workers: readonly WorkerView[];
+  readonly excluded: readonly string[];
+  readonly claims: readonly string[];
+  readonly way: Way | null;
+  readonly measurements: Measurements;
+  readonly lastEvalStep: number;
+  readonly lastComparisonStep: number;
+  /** Skipped steps at the end of what was counted. */
+  readonly skippedInARow: number;
+  /** Times jobs were given up since the last new step. */
+  readonly replans: number;
+  /** GRADIENT_LOST since the last new step. */
+  readonly losses: number;
+  readonly notBeforeMs: number;
+  readonly lastNewsMs: number;
+  readonly lastStepAtMs: number | null;
+  /** A fault about the present silence was recorded already. */
+  readonly silenceRecorded: boolean;
+  /** What the record shows and nothing decides by. */
+  readonly shown: {
+    readonly lastReport: StepReport | null;
+    readonly firstLoss: number | null;
+    readonly validation: RunRecord['validation'];
+    readonly validationBefore: number | null;
+    readonly tokensPerSecond: number | null;
+    readonly weightsDigest: string | null;
+    readonly skippedSteps: number;
+    readonly faults: RunRecord['faults'];
+    readonly error: ErrorRecord | null;
+    readonly createdAtMs: number;
+    readonly startedAtMs: number | null;
+    readonly finishedAtMs: number | null;
+  };
+}
+
+/** All that a machine hears. `atMs` is the orchestrator's clock. */
+export type MachineEvent = { readonly atMs: number } & (
+  | { readonly type: 'workers'; readonly workers: readonly WorkerView[] }
+  | {
+      /** Recovery found this job of the current epoch; its end, if it is finished, follows as an event of its own. */
+      readonly type: 'adopt';
+      readonly job: JobAddress;
+      readonly data: unknown;
+      readonly processedAtMs: number | null;
+      readonly finished: boolean;
+      /** The shards of a reduce job. */
+      readonly related: readonly JobAddress[];
+    }
+  | { readonly type: 'ready' }
+  | { readonly type: 'claimed'; readonly workers: readonly WorkerView[] }
+  | { readonly type: 'progress'; readonly id: string; readonly data: unknown }
+  | { readonly type: 'completed'; readonly id: string; readonly result: unknown }
+  | { readonly type: 'failed'; readonly id: string; readonly error: ErrorRecord }
+  /** Redis knows nothing of this job any more. */
+  | { readonly type: 'missing'; readonly id: string }
+  | { readonly type: 'checkpoints'; readonly good: readonly CheckpointPlace[]; readonly bad: readonly { readonly directory: string; readonly error: ErrorRecord }[] }
+  | { readonly type: 'wish'; readonly wish: 'pause' | 'resume' | 'cancel' }
+  /** The driver met a fault that does not stop the run. */
+  | { readonly type: 'fault'; readonly what: string; readonly error: ErrorRecord }
+  /** The driver met a failure that does. */
+  | { readonly type: 'fatal'; readonly error: ErrorRecord }
+  | { readonly type: 'tick' }
+);
+
+/** One line of metrics.jsonl. */
+export type MetricsLine =
+  | { readonly type: 'step'; readonly atMs: number; readonly epoch: number; readonly tokensPerSecond: number; readonly report: StepReport }
+  | { readonly type: 'eval'; readonly atMs: number; readonly step: number; readonly loss: number | null };
+
+/** All that a machine may ask for, in order. */
+export type Effect =
+  /** Must be in Redis before anything that follows. */
+  | { readonly type: 'control'; readonly control: Control }
+  | { readonly type: 'claim'; readonly workers: readonly string[] }
+  | { readonly type: 'release'; readonly workers: readonly string[] }
+  | { readonly type: 'add'; readonly job: NewJob }
+  | { readonly type: 'flow'; readonly parent: NewJob; readonly children: readonly NewJob[] }
+  | { readonly type: 'remove'; readonly jobs: readonly JobAddress[] }
+  | { readonly type: 'lookup'; readonly jobs: readonly JobAddress[] }
+  | { readonly type: 'metrics'; readonly line: MetricsLine }
+  | { readonly type: 'publish'; readonly event: RunEvent }
+  /** Delete reduced gradients of steps after `from` up to `through`. */
+  | { readonly type: 'trim'; readonly from: number; readonly through: number }
+  | { readonly type: 'deleteCheckpoints'; readonly directories: readonly string[] }
+  /** Verify the checkpoints on disk, and answer with `checkpoints`. */
+  | { readonly type: 'findCheckpoints' }
+  | { readonly type: 'finish' };
+
+/** What recovery (driver.ts) knows of a run before its first event. */
+export interface Recovered {
+  readonly record: RunRecord;
+  readonly control: Control | null;
+  /** From metrics.jsonl; it wins over the record, which is written later. */
+  readonly counted: { readonly step: number; readonly lastReport: StepReport | null; readonly skippedInARow: number; readonly lastEvalStep: number } | null;
+  readonly checkpoints: readonly CheckpointPlace[];
+  /** Reduced gradients lie in the exchange without a gap from the newest checkpoint up to here. */
+  readonly logThrough: number;
+}
+
+export function initialState(settings: RunSettings, recovered: Recovered): RunState {
+  const { record, counted, checkpoints } = recovered;
+  const step = counted?.step ?? record.step;
+  const newest = checkpoints.at(-1)?.step ?? 0;
+  return {
+    settings,
+    ready: false,
+    phase: record.phase,
+    epoch: Math.max(record.epoch, recovered.control?.epoch ?? 0),
+    command: recovered.control?.command ?? 'run',
+    step: Math.max(step, newest),
+    version: Math.max(step, newest),
+    sharedVersion: Math.min(Math.max(newest, recovered.logThrough), Math.max(step, newest)),
+    home: null,
+    checkpoints,
+    trimmedThrough: newest,
+    activity: null,
+    early: new Map(),
+    digests: new Map(),
+    workers: [],
+    excluded: [],
+    claims: [],
+    way: null,
+    measurements: { shardComputeMs: null, exchangeBytesPerMs: null },
+    lastEvalStep: Math.max(counted?.lastEvalStep ?? -1, record.validation?.step ?? -1, record.validationBefore === null ? -1 : 0),
+    lastComparisonStep: 0,
+    skippedInARow: counted?.skippedInARow ?? 0,
+    replans: 0,
+    losses: 0,
+    notBeforeMs: 0,
+    lastNewsMs: 0,
+    lastStepAtMs: null,
+    silenceRecorded: false,
+    shown: {
+      lastReport: counted?.lastReport ?? record.lastReport,
+      firstLoss: record.firstLoss,
+      validation: record.validation,
+      validationBefore: record.validationBefore,
+      tokensPerSecond: record.tokensPerSecond,
+      weightsDigest: record.weightsDigest,
+      skippedSteps: record.skippedSteps,
+      faults: record.faults,
+      error: record.error,
+      createdAtMs: record.createdAtMs,
+      startedAtMs: record.startedAtMs,
+      finishedAtMs: record.finishedAtMs,
+    },
+  };
+}
+
+/** The record of a run that was asked for and not begun. */
+export function queuedRecord(run: string, spec: RunSpec, atMs: number): RunRecord {
+  return {
+    run, phase: 'queued', step: 0, steps: spec.steps, epoch: 0, checkpoint: null, lastReport: null, firstLoss: null, validation: null,
+    validationBefore: null, tokensPerSecond: null, weightsDigest: null, way: null, skippedSteps: 0, faults: [], error: null,
+    createdAtMs: atMs, startedAtMs: null, finishedAtMs: null,
+  };
+}
+
+export function recordOf(state: RunState): RunRecord {
+  const { settings, shown, way } = state;
+  return {
+    run: settings.run,
+    phase: state.phase,
+    step: state.step,
+    steps: settings.spec.steps,
+    epoch: state.epoch,
+    checkpoint: state.checkpoints.at(-1) ?? null,
+    lastReport: shown.lastReport,
+    firstLoss: shown.firstLoss,
+    validation: shown.validation,
+    validationBefore: shown.validationBefore,
+    tokensPerSecond: shown.tokensPerSecond,
+    weightsDigest: shown.weightsDigest,
+    way: way === null ? null : { exchange: way.exchange, workers: way.workers.length, reason: way.reason },
+    skippedSteps: shown.skippedSteps,
+    faults: shown.faults,
+    error: shown.error,
+    createdAtMs: shown.createdAtMs,
+    startedAtMs: shown.startedAtMs,
+    finishedAtMs: shown.finishedAtMs,
+  };
+}

@@ -1,13 +1,12 @@
 /**
- * Jobs that work on a checkpoint instead of the replica at hand: its loss on a token file, and text from a prompt. Each opens
- * the device a second time, so that the replica's memory and workspace stay as they are, and closes it again. Called by
- * thread.ts.
+ * Jobs that work on a checkpoint instead of the replica at hand: its loss on a token file, and text from a prompt. Each
+ * takes memory beside the replica's for as long as it runs, and none of the optimizer's. Called by thread.ts.
  */
 import { join } from 'node:path';
 import { NnError } from '../config/errors.ts';
 import type { Message, Result } from '../config/messages.ts';
 import { parseRunSpec } from '../config/run-spec.ts';
-import { Device } from '../cuda/device.ts';
+import type { Device } from '../cuda/device.ts';
 import { CheckpointReader } from '../data/checkpoint-files.ts';
 import { TokenFile, requireVocabulary } from '../data/token-file.ts';
 import { Tokenizer } from '../data/tokenizer.ts';
@@ -16,10 +15,9 @@ import { Trainer } from './model/trainer.ts';
 import { evaluateFile } from './replica.ts';
 import { finite } from './reports.ts';
 import type { Signals } from './signals.ts';
-import type { DeviceChoice } from './tasks.ts';
 
 export interface GuestOptions {
-  readonly device: DeviceChoice;
+  readonly device: Device;
   /** Id of the worker, for results. */
   readonly worker: string;
   readonly signals: Signals;
@@ -31,70 +29,60 @@ const DEFAULT_SEQUENCE_LENGTH = 256;
 const EVAL_SEQUENCES = 4;
 
 /** The loss of a checkpoint on the first sequences of a token file. Throws CHECKPOINT_INVALID, DATA_INVALID, DEVICE_MEMORY, ... */
-export function evaluateCheckpoint({ device: choice, worker, signals }: GuestOptions, message: Message<'eval'>): Result<'eval'> {
+export function evaluateCheckpoint({ device, worker, signals }: GuestOptions, message: Message<'eval'>): Result<'eval'> {
   const startedAt = performance.now();
   if (message.checkpoint === null) throw new NnError('MESSAGE_INVALID', 'eval: neither a replica nor a checkpoint is named');
   return using(CheckpointReader.open(message.checkpoint, { verify: true }), (reader) =>
-    using(TokenFile.open(message.data), (file) =>
-      using(Device.open(choice), (device) => {
-        const { model } = reader;
-        requireVocabulary(model, file);
-        const sequenceLength = message.sequenceLength ?? DEFAULT_SEQUENCE_LENGTH;
-        const perBatch = Math.min(EVAL_SEQUENCES, message.sequences);
-        // The optimizer is never used; a spec is where its defaults are.
-        const { optimizer } = parseRunSpec({
-          name: 'eval', model: { ...model }, data: { train: message.data }, steps: 1, batch: { sequences: perBatch, sequenceLength },
-        });
-        const shape = { model, precision: 'fp32', recompute: 'layer', sequences: perBatch, sequenceLength } as const;
-        return using(new Trainer(device, { ...shape, optimizer, totalSteps: 1, separateShards: false }), (trainer) => {
-          for (const parameter of trainer.parameters) {
-            signals.check();
-            const values = new Float32Array(parameter.length);
-            reader.read(parameter.name, values);
-            trainer.writeState('weight', parameter, values);
-          }
-          trainer.commitState();
-          const { lossSum, targetTokens } = evaluateFile(trainer, file, { sequences: message.sequences, sequenceLength, perBatch }, () => signals.check());
-          const milliseconds = performance.now() - startedAt;
-          return { worker, step: reader.step, loss: finite(lossSum / targetTokens), targetTokens, milliseconds };
-        });
-      }),
-    ),
+    using(TokenFile.open(message.data), (file) => {
+      const { model } = reader;
+      requireVocabulary(model, file);
+      const sequenceLength = message.sequenceLength ?? DEFAULT_SEQUENCE_LENGTH;
+      const perBatch = Math.min(EVAL_SEQUENCES, message.sequences);
+      // The optimizer is never used; a spec is where its defaults are.
+      const { optimizer } = parseRunSpec({
+        name: 'eval', model: { ...model }, data: { train: message.data }, steps: 1, batch: { sequences: perBatch, sequenceLength },
+      });
+      const shape = { model, precision: 'fp32', recompute: 'none', sequences: perBatch, sequenceLength, separateShards: false, evaluateOnly: true } as const;
+      return using(new Trainer(device, { ...shape, optimizer, totalSteps: 1 }), (trainer) => {
+        trainer.loadWeights(reader);
+        const { lossSum, targetTokens } = evaluateFile(trainer, file, { sequences: message.sequences, sequenceLength, perBatch }, () => signals.check());
+        const milliseconds = performance.now() - startedAt;
+        return { worker, step: reader.step, loss: finite(lossSum / targetTokens), targetTokens, milliseconds };
+      });
+    }),
   );
 }
 
 /** Continues prompts with a checkpoint's model and tokenizer. Throws CHECKPOINT_INVALID, TOKENIZER_INVALID, DEVICE_MEMORY, ... */
-export async function generate({ device: choice, worker, signals }: GuestOptions, message: Message<'generate'>): Promise<Result<'generate'>> {
+export async function generate({ device, worker, signals }: GuestOptions, message: Message<'generate'>): Promise<Result<'generate'>> {
   const { checkpoint, prompts, maxTokens, ntkAlpha, ...sampling } = message;
   const tokenizer = await Tokenizer.load(join(checkpoint, 'tokenizer.json'));
-  return using(CheckpointReader.open(checkpoint, { verify: true }), (reader) =>
-    using(Device.open(choice), (device) => {
-      const model = ntkAlpha === null ? reader.model : { ...reader.model, ntkAlpha };
-      const encoded = prompts.map((prompt) => tokenizer.encode(prompt));
-      const capacity = Math.max(...encoded.map((tokens) => tokens.length)) + maxTokens;
-      return using(new Decoder(device, { model, precision: 'fp32', capacity, batch: prompts.length }), (decoder) => {
-        decoder.loadWeights(reader);
-        const startedAt = performance.now();
-        const completions = decoder.generate({
-          ...sampling,
-          prompts: encoded,
-          maxTokens,
-          eos: tokenizer.eosId,
-          shouldStop: () => {
-            signals.check();
-            return signals.command === 'stop';
-          },
-        });
-        const seconds = (performance.now() - startedAt) / 1000;
-        const generated = completions.reduce((sum, tokens) => sum + tokens.length, 0);
-        return {
-          worker,
-          completions: completions.map((tokens) => ({ text: tokenizer.decode(tokens), tokens })),
-          tokensPerSecond: seconds > 0 ? generated / seconds : 0,
-        };
+  return using(CheckpointReader.open(checkpoint, { verify: true }), (reader) => {
+    const model = ntkAlpha === null ? reader.model : { ...reader.model, ntkAlpha };
+    const encoded = prompts.map((prompt) => tokenizer.encode(prompt));
+    const capacity = Math.max(...encoded.map((tokens) => tokens.length)) + maxTokens;
+    return using(new Decoder(device, { model, precision: 'fp32', capacity, batch: prompts.length }), (decoder) => {
+      decoder.loadWeights(reader);
+      const startedAt = performance.now();
+      const completions = decoder.generate({
+        ...sampling,
+        prompts: encoded,
+        maxTokens,
+        eos: tokenizer.eosId,
+        shouldStop: () => {
+          signals.check();
+          return signals.command === 'stop';
+        },
       });
-    }),
-  );
+      const seconds = (performance.now() - startedAt) / 1000;
+      const generated = completions.reduce((sum, tokens) => sum + tokens.length, 0);
+      return {
+        worker,
+        completions: completions.map((tokens) => ({ text: tokenizer.decode(tokens), tokens })),
+        tokensPerSecond: seconds > 0 ? generated / seconds : 0,
+      };
+    });
+  });
 }
 
 /** Runs `work` and closes `resource`, however it ends. */

@@ -76,8 +76,8 @@ export function startSupervisor(options: SupervisorOptions): Supervisor {
   for (const island of islands) island.start();
   const ready = Promise.all(islands.map((island) => island.ready)).then(() => undefined);
   const ended = Promise.all(islands.map((island) => island.ended)).then((errors) => {
-    const last = errors.findLast((error) => error !== null);
-    if (last !== undefined && errors.every((error) => error !== null)) throw fromErrorRecord(last!);
+    const last = errors.at(-1);
+    if (last !== undefined && last !== null && errors.every((error) => error !== null)) throw fromErrorRecord(last);
   });
   // Whoever waits for them hears of a rejection; nobody has to.
   ready.catch(() => undefined);

@@ -276,13 +276,9 @@ export class Replica {
   #start(saved: NonNullable<Origin['checkpoint']> | null): void {
     this.#step = null;
     this.#reports.clear();
-    if (saved !== null) {
-      this.#loadTraining(saved);
-    } else {
-      this.#trainer.initialise(this.spec.seed);
-      if (this.spec.initialCheckpoint !== undefined) this.#loadInitialWeights(this.spec.initialCheckpoint);
-    }
-    this.#trainer.commitState();
+    if (saved !== null) this.#loadTraining(saved);
+    else if (this.spec.initialCheckpoint !== undefined) this.#loadInitialWeights(this.spec.initialCheckpoint);
+    else this.#trainer.initialise(this.spec.seed);
     this.#step = saved?.step ?? 0;
   }
 
@@ -291,14 +287,16 @@ export class Replica {
     try {
       if (!reader.hasTraining) throw new NnError('CHECKPOINT_INVALID', `${directory}: has no optimizer state, so that a run cannot go on from it`, { directory });
       if (reader.step !== step) throw new NnError('CHECKPOINT_INVALID', `${directory}: is of step ${reader.step}, not ${step}`, { directory, step });
+      reader.requireModel(this.spec.model);
       for (const parameter of this.#trainer.parameters) {
-        const values = new Float32Array(elements(parameter.shape));
+        const values = new Float32Array(parameter.length);
         for (const kind of ['weight', 'm', 'v'] as const) {
           this.#signals.check();
           reader.readTraining(kind, parameter.name, values);
           this.#trainer.writeState(kind, parameter, values);
         }
       }
+      this.#trainer.commitState();
     } finally {
       reader.close();
     }
@@ -307,12 +305,8 @@ export class Replica {
   #loadInitialWeights(directory: string): void {
     const reader = CheckpointReader.open(directory, { verify: true });
     try {
-      for (const parameter of this.#trainer.parameters) {
-        this.#signals.check();
-        const values = new Float32Array(elements(parameter.shape));
-        reader.read(parameter.name, values);
-        this.#trainer.writeState('weight', parameter, values);
-      }
+      reader.requireModel(this.spec.model);
+      this.#trainer.loadWeights(reader);
     } finally {
       reader.close();
     }
@@ -466,8 +460,6 @@ export class Replica {
     });
   }
 }
-
-const elements = (shape: readonly number[]): number => shape.reduce((product, size) => product * size, 1);
 
 /** The loss of a trainer's weights on the first sequences of a file; `check` is called before each batch and may throw. */
 export function evaluateFile(

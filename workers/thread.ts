@@ -3,13 +3,12 @@
  * time. Native calls block it, which is why it is a thread of its own. Loaded by piscina (pool.ts) and nobody else; knows no
  * BullMQ. Tasks and their results: tasks.ts.
  */
-import { workerData } from 'piscina';
+import { workerData } from 'node:worker_threads';
 import { toErrorRecord } from '../config/errors.ts';
 import { keys } from '../config/keys.ts';
 import type { Message, Origin } from '../config/messages.ts';
 import { parseRunSpec } from '../config/run-spec.ts';
 import { Device } from '../cuda/device.ts';
-import type { DeviceDescription } from '../cuda/device.ts';
 import { RedisExchange } from './exchange/redis.ts';
 import { evaluateCheckpoint, generate } from './guests.ts';
 import { Replica } from './replica.ts';
@@ -28,7 +27,7 @@ export default async function serve(task: Task): Promise<Outcome> {
   try {
     signals.beat();
     const value = await perform(task);
-    return { ok: true, value, replica: replicaState() } as Outcome;
+    return { ok: true, value, replica: replicaState() };
   } catch (error) {
     return { ok: false, error: toErrorRecord(error), replica: replicaState() };
   }
@@ -37,7 +36,7 @@ export default async function serve(task: Task): Promise<Outcome> {
 async function perform(task: Task): Promise<TaskValues[Task['kind']]> {
   switch (task.kind) {
     case 'open':
-      return open();
+      return open().description;
     case 'steps':
       try {
         return await replicaOf(task.message).steps(task.message, (report) => task.port?.postMessage({ report } satisfies StepMessage));
@@ -56,28 +55,29 @@ async function perform(task: Task): Promise<TaskValues[Task['kind']]> {
     case 'eval':
       return evaluate(task.message);
     case 'generate':
-      return generate({ device: choice, worker, signals }, task.message);
+      return generate({ device: open(), worker, signals }, task.message);
     case 'forget':
       if (held?.replica.run === task.run) release();
       return exchange.removeAll(keys(config.redis.prefix).exchangeOf(task.run));
     case 'close':
-      release();
-      exchange.close();
-      device?.close();
-      device = null;
-      return null;
+      break;
   }
+  release();
+  exchange.close();
+  device?.close();
+  device = null;
+  return null;
 }
 
-function open(): DeviceDescription {
+function open(): Device {
   device ??= Device.open(choice);
-  return device.description;
+  return device;
 }
 
 async function evaluate(message: Message<'eval'>): Promise<TaskValues['eval']> {
   const { replica } = message;
   if (replica !== null) return replicaOf(replica).evaluate({ ...message, replica });
-  return evaluateCheckpoint({ device: choice, worker, signals }, message);
+  return evaluateCheckpoint({ device: open(), worker, signals }, message);
 }
 
 /** The replica of a job's run: the one at hand, or a new one in its place. One run has the device at a time. */
@@ -85,9 +85,8 @@ function replicaOf(origin: Origin): Replica {
   const specText = JSON.stringify(origin.spec);
   if (held !== null && held.replica.run === origin.run && held.specText === specText) return held.replica;
   release();
-  open();
   const spec = parseRunSpec(origin.spec, `spec of run ${origin.run}`);
-  const replica = new Replica({ device: device!, exchange, signals, config, worker, run: origin.run, spec });
+  const replica = new Replica({ device: open(), exchange, signals, config, worker, run: origin.run, spec });
   held = { replica, specText };
   return replica;
 }

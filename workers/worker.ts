@@ -239,10 +239,9 @@ export class Island {
   }
 
   #requirePrecision(origin: Origin | null): void {
-    const precision = origin?.spec['precision'];
     const able = precisionsOf(this.#device);
-    if (precision === undefined || able.some((each) => each === precision)) return;
-    throw new NnError('DEVICE_UNSUPPORTED', `${this.#device.name} computes ${able.join(' and ')}, not ${String(precision)}`, { precision: String(precision) });
+    if (origin?.spec['precision'] !== 'bf16' || able.includes('bf16')) return;
+    throw new NnError('DEVICE_UNSUPPORTED', `${this.#device.name} computes ${able.join(' and ')}, not bf16`, { precision: 'bf16' });
   }
 
   #onControl(command: Command): void {

@@ -188,7 +188,7 @@ export class RedisExchange implements Exchange {
           }
         } catch (error) {
           clearInterval(timer);
-          reject(error as Error);
+          reject(error);
         }
       }, TICK_MS);
       command().then(

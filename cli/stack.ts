@@ -4,16 +4,17 @@
  * Called by the service commands, by `demo`, and by `eval` and `generate` when nothing is up.
  */
 import { mkdtempSync, rmSync } from 'node:fs';
-import { availableParallelism, tmpdir } from 'node:os';
+import { availableParallelism, hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { NnError } from '../config/errors.ts';
+import { NnError, errorCode } from '../config/errors.ts';
 import { checkRedis, redisAddresses } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
+import { describeDevices } from '../cuda/device.ts';
 import { Client } from '../orchestrator/client.ts';
 import { startOrchestrator } from '../orchestrator/main.ts';
 import { startServer } from '../orchestrator/server/server.ts';
 import { startSupervisor } from '../workers/main.ts';
-import type { Supervisor } from '../workers/main.ts';
+import type { Supervisor, SupervisorEvent } from '../workers/main.ts';
 import { startEmbeddedRedis } from './embedded-redis.ts';
 import { homeOwner } from './home-lock.ts';
 import type { Lifetime } from './lifetime.ts';
@@ -70,22 +71,68 @@ export async function runServer(life: Lifetime, config: Config, client: Client):
 
 export interface WantedWorkers {
   readonly gpus: Gpus;
-  /** CPU workers; undefined: one. */
+  /** CPU workers; undefined: one. Without meaning for GPUs, which get one worker each. */
   readonly count?: number | undefined;
   /** CPU threads of each; 0: the cores, shared out. */
   readonly threads: number;
 }
 
+/** The GPUs of this machine that are wanted; none where there is no CUDA library. Throws DEVICE_UNAVAILABLE for one that is not there. */
+function findGpus(gpus: Gpus): number[] {
+  if (gpus === 'none') return [];
+  let there: number[];
+  try {
+    there = describeDevices('cuda').map(({ index }) => index);
+  } catch (error) {
+    if (gpus !== 'all' || !['LIBRARY_INVALID', 'DEVICE_UNAVAILABLE'].includes(errorCode(error) ?? '')) throw error;
+    return [];
+  }
+  if (gpus === 'all') return there;
+  const missing = gpus.find((index) => !there.includes(index));
+  if (missing !== undefined) throw new NnError('DEVICE_UNAVAILABLE', `there is no GPU ${missing} here (there: ${there.join(', ') || 'none'})`);
+  return [...gpus];
+}
+
+/** One line for what happens to a worker, or undefined for what nobody needs to see. */
+function workerLine(event: SupervisorEvent, level: string): string | undefined {
+  switch (event.type) {
+    case 'started':
+      return undefined;
+    case 'ready':
+      return `worker        ${event.id} (process ${event.pid}) on ${event.device.name}`;
+    case 'log':
+      return LEVELS.indexOf(event.level) < LEVELS.indexOf(level) ? undefined : `worker        ${event.id}: ${event.message}`;
+    case 'exited': {
+      if (event.restartInMs === null && event.error === null) return undefined;
+      const why = event.error === null ? (event.signal ?? `exit ${event.code}`) : `${event.error.code}: ${event.error.message}`;
+      const next = event.restartInMs === null ? 'given up' : `started again in ${event.restartInMs} ms`;
+      return `worker        ${event.id} (process ${event.pid}) ended, ${why}; ${next}`;
+    }
+  }
+}
+
+const LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'silent'];
+
+/** A name that no other supervisor on the same Redis has, fit for a queue's name. */
+const supervisorName = (): string => `${hostname().replace(/[^A-Za-z0-9._-]/g, '-').slice(0, 40)}-${process.pid}`;
+
+/** Starts supervised workers and waits until each serves. Throws what the first of them that gave up says. */
 export async function runWorkers(life: Lifetime, config: Config, wanted: WantedWorkers): Promise<Supervisor> {
-  const count = wanted.count ?? 1;
+  const gpus = findGpus(wanted.gpus);
+  const count = gpus.length > 0 ? gpus.length : (wanted.count ?? 1);
   const threads = wanted.threads === 0 ? threadsEach(count) : wanted.threads;
-  const supervisor = await startSupervisor({
+  const supervisor = startSupervisor({
     config: { ...config, worker: { ...config.worker, threads } },
-    devices: wanted.gpus,
+    device: gpus.length > 0 ? { library: 'cuda', indices: gpus } : { library: 'cpu', indices: 'cpu' },
     count,
-    onEvent: (event) => note(`worker        ${event.worker}: ${event.what}`),
+    idPrefix: supervisorName(),
+    onEvent: (event) => {
+      const line = workerLine(event, config.logLevel);
+      if (line !== undefined) note(line);
+    },
   });
   life.defer('workers', () => supervisor.stop());
+  await life.until(supervisor.ready);
   return supervisor;
 }
 

@@ -7,6 +7,7 @@ import { NnError } from '../../config/errors.ts';
 import { redactUrl, redisAddresses } from '../../config/redis.ts';
 import { loadConfig } from '../../config/schema.ts';
 import type { Config } from '../../config/schema.ts';
+import type { Supervisor } from '../../workers/main.ts';
 import { withLifetime } from '../lifetime.ts';
 import type { Lifetime } from '../lifetime.ts';
 import { note, printResult } from '../output.ts';
@@ -28,10 +29,16 @@ const serverOverrides = ({ port, host }: ServerOptions): object => ({
   server: { ...(port === undefined ? {} : { port }), ...(host === undefined ? {} : { host }) },
 });
 
-/** Serves until a signal (a clean end) or until something it needs fails. */
-async function serve(life: Lifetime, failure: Promise<string>): Promise<void> {
-  const stopped = new Promise<undefined>((settle) => life.signal.addEventListener('abort', () => settle(undefined)));
-  const reason = life.signal.aborted ? undefined : await Promise.race([failure, stopped]);
+const never = new Promise<never>(() => undefined);
+
+/** Serves until a signal (a clean end), or until what it needs fails: Redis, or every worker. */
+async function serve(life: Lifetime, redisFailure: Promise<string>, workers?: Supervisor): Promise<void> {
+  const stopped = new Promise<undefined>((settle) => {
+    if (life.signal.aborted) settle(undefined);
+    else life.signal.addEventListener('abort', () => settle(undefined));
+  });
+  const workersEnded = workers === undefined ? never : workers.ended.then(() => undefined);
+  const reason = await Promise.race([redisFailure, stopped, workersEnded]);
   if (reason !== undefined) throw new NnError('REDIS_UNAVAILABLE', reason);
 }
 
@@ -58,12 +65,11 @@ async function up(options: WorkerOptions & ServerOptions & { json?: boolean }): 
     await life.until(runOrchestrator(life, config));
     note('orchestrator  ready');
     const supervisor = await life.until(runWorkers(life, config, wanted));
-    for (const { id, pid } of supervisor.workers()) note(`worker        ${id} (process ${pid})`);
     note('ready: cuda-nn train SPEC (Ctrl-C stops everything)');
     if (options.json === true) {
       printResult(true, { redis: redactUrl(url), dashboard: server.url, home: config.home, workers: supervisor.workers().map(({ id }) => id) }, () => []);
     }
-    await serve(life, failure);
+    await serve(life, failure, supervisor);
   });
 }
 
@@ -77,7 +83,7 @@ async function orchestrator(options: ServerOptions & { server: boolean }): Promi
     }
     await life.until(runOrchestrator(life, config));
     note('orchestrator  ready');
-    await serve(life, new Promise(() => undefined));
+    await serve(life, never);
   });
 }
 
@@ -87,8 +93,7 @@ async function worker(options: WorkerOptions): Promise<void> {
     const wanted = workersOf(config, options);
     await life.until(checkConfiguredRedis(config));
     const supervisor = await life.until(runWorkers(life, config, wanted));
-    for (const { id, pid } of supervisor.workers()) note(`worker        ${id} (process ${pid})`);
-    await serve(life, new Promise(() => undefined));
+    await serve(life, never, supervisor);
   });
 }
 

@@ -118,6 +118,28 @@ NN_INLINE nn_vf nn_v_scale_by_power(nn_vf a, nn_vf n) {
 
 /* The operand order matters in nn_v_max and nn_v_min: the second is the result when either is NaN, everywhere. */
 
+/* Loads and stores that stop at the end of an array: `left` elements are there, NN_LANES or more in all rounds but the last. */
+NN_INLINE nn_vf nn_v_get(const float *p, int64_t left) { return left >= NN_LANES ? nn_v_load(p) : nn_v_load_part(p, left); }
+NN_INLINE void nn_v_put(float *p, nn_vf v, int64_t left) {
+  if (left >= NN_LANES) nn_v_store(p, v);
+  else nn_v_store_part(p, v, left);
+}
+
+/* float32 to bfloat16, to nearest, ties to even; a NaN stays one. */
+NN_INLINE uint16_t nn_bf16_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
+}
+
+NN_INLINE float nn_f32_of(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 /* Sum of the lanes, in halves: (i + i+8), (i + i+4), (i + i+2), (i + i+1). */
 NN_INLINE float nn_v_sum(nn_vf v) {
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))

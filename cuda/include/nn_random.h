@@ -1,4 +1,4 @@
-/* nn_random.h: the generators and hashes that the CPU library (C) and the CUDA library share, so that both give the same
+/* nn_random.h: the generators, hashes and powers that the CPU library (C) and the CUDA library share, so that both give the same
  * bits. Pure functions of their arguments; knows nothing of contexts, buffers or threads.
  *
  * Everything in floating point is float64 and made of IEEE + - * / and sqrt only, in the order written. A file that includes this
@@ -75,6 +75,19 @@ NN_SHARED uint64_t nn_random_bits(uint64_t seed, uint64_t stream, uint64_t index
 /* uniform(seed, stream, index) in [0, 1): the high 53 bits times 2^-53. */
 NN_SHARED double nn_random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {
   return (double)(nn_random_bits(seed, stream, index) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* ---- powers -------------------------------------------------------------------------------------------------- */
+
+/* base^exponent for an integer exponent >= 0, by squaring from the lowest bit on: what AdamW's corrections are made of, because pow
+ * is not the same on every machine. */
+NN_SHARED double nn_ieee_power(double base, int64_t exponent) {
+  double power = 1.0;
+  for (; exponent > 0; exponent >>= 1) {
+    if (exponent & 1) power = power * base;
+    base = base * base;
+  }
+  return power;
 }
 
 /* ---- the normal distribution --------------------------------------------------------------------------------- */

@@ -1,0 +1,58 @@
+/* elementwise.simd.c: the inner loops of the elementwise kernels and of the digest; see vector_kernels.h. Called by elementwise.c
+ * and optimizer.c. build: -ffp-contract=off (every fused multiply-add here is asked for by name). */
+#include "../include/nn_random.h"
+#include "simd.h"
+#include "vector_kernels.h"
+#include "vector_math.h"
+
+void NN_SIMD(nn_silu_range)(float *y, const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i += NN_LANES) nn_v_put(y + i, nn_v_silu(nn_v_get(x + i, n - i)), n - i);
+}
+
+void NN_SIMD(nn_silu_backward_range)(float *dx, const float *dy, const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i += NN_LANES)
+    nn_v_put(dx + i, nn_v_get(dy + i, n - i) * nn_v_silu_slope(nn_v_get(x + i, n - i)), n - i);
+}
+
+void NN_SIMD(nn_add_range)(float *y, const float *a, const float *b, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = a[i] + b[i];
+}
+
+void NN_SIMD(nn_mul_range)(float *y, const float *a, const float *b, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = a[i] * b[i];
+}
+
+void NN_SIMD(nn_scale_range)(float *y, const float *x, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor;
+}
+
+void NN_SIMD(nn_to_bf16_range)(uint16_t *y, const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = nn_bf16_of(x[i]);
+}
+
+void NN_SIMD(nn_from_bf16_range)(float *y, const uint16_t *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = nn_f32_of(x[i]);
+}
+
+void NN_SIMD(nn_swiglu_row)(float *h, const float *gate, const float *up, int64_t n) {
+  for (int64_t i = 0; i < n; i += NN_LANES)
+    nn_v_put(h + i, nn_v_silu(nn_v_get(gate + i, n - i)) * nn_v_get(up + i, n - i), n - i);
+}
+
+void NN_SIMD(nn_swiglu_backward_row)(float *dgate, float *dup, const float *dh, const float *gate, const float *up, int64_t n) {
+  for (int64_t i = 0; i < n; i += NN_LANES) {
+    nn_vf a = nn_v_get(gate + i, n - i), b = nn_v_get(up + i, n - i), d = nn_v_get(dh + i, n - i);
+    nn_v_put(dgate + i, d * b * nn_v_silu_slope(a), n - i);
+    nn_v_put(dup + i, d * nn_v_silu(a), n - i);
+  }
+}
+
+void NN_SIMD(nn_digest_range)(uint64_t *digest, const uint32_t *words, int64_t first, int64_t n) {
+  uint64_t sum0 = 0, sum1 = 0;
+  for (int64_t i = 0; i < n; i++) {
+    sum0 += nn_digest_term(words[i], (uint64_t)(first + i), NN_DIGEST_STRIDE_0);
+    sum1 += nn_digest_term(words[i], (uint64_t)(first + i), NN_DIGEST_STRIDE_1);
+  }
+  digest[0] += sum0;
+  digest[1] += sum1;
+}

@@ -164,11 +164,15 @@ async function buildCpu(say) {
 
 const onPath = (program) => (process.env.PATH ?? '').split(delimiter).some((directory) => existsSync(join(directory, program)));
 
-/** cuda/kernels/*.cu to dist/native/libnn_cuda.so. Undefined where there are no kernels, or no nvcc to build them with. */
+/**
+ * cuda/kernels/*.cu to dist/native/libnn_cuda.so. `wanted`: false does nothing; 'auto' does nothing where there is no nvcc; true throws
+ * COMPILER_MISSING there.
+ */
 async function buildCuda(say, wanted) {
+  if (wanted === false) return undefined;
   const kernels = existsSync(kernelDirectory) ? readdirSync(kernelDirectory).filter((name) => name.endsWith('.cu')).sort() : [];
   if (kernels.length === 0 || !onPath('nvcc')) {
-    if (wanted) throw new BuildError('COMPILER_MISSING', kernels.length === 0 ? 'there are no CUDA kernels' : 'no nvcc on the PATH');
+    if (wanted === true) throw new BuildError('COMPILER_MISSING', kernels.length === 0 ? 'there are no CUDA kernels' : 'no nvcc on the PATH');
     return undefined;
   }
   const library = join(outputDirectory, 'libnn_cuda.so');
@@ -191,8 +195,8 @@ async function buildCuda(say, wanted) {
 }
 
 /**
- * Builds what is not up to date and says so on stderr unless `quiet`. Returns {cpu, cuda}, each {library, built} (cuda undefined
- * where it cannot be built). Throws BuildError: COMPILER_MISSING, or LIBRARY_INVALID with the compiler's own words.
+ * Builds what is not up to date and says so on stderr unless `quiet`. `cuda`: false, 'auto' (where there is an nvcc) or true.
+ * Returns {cpu, cuda}, each {library, built} (cuda undefined where it was not built). Throws BuildError: COMPILER_MISSING, or LIBRARY_INVALID with the compiler's own words.
  */
 export async function buildNative({ quiet = false, cuda = false } = {}) {
   const say = (line) => {

@@ -216,7 +216,8 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
     ready: false,
     phase: record.phase,
     epoch: Math.max(record.epoch, recovered.control?.epoch ?? 0),
-    command: recovered.control?.command ?? 'run',
+    // Without a control key workers take the run for over: the first job is preceded by one.
+    command: recovered.control?.command ?? 'stop',
     step: Math.max(step, newest),
     version: Math.max(step, newest),
     sharedVersion: Math.min(Math.max(newest, recovered.logThrough), Math.max(step, newest)),

@@ -1,0 +1,404 @@
+/**
+ * Drives one run: hears what happens (jobs, workers, wishes, the clock), tells the run machine, and does what it asks. All
+ * effects of a run pass through here, in order; what others only read (record, events, metrics) is not waited for. Made by
+ * main.ts for each job of `runs`; decides nothing itself.
+ *
+ *   recover: record, metrics, checkpoints, log of the exchange, jobs in Redis  ->  machine  ->  effects  ->  events ...  ->  finish
+ */
+import { randomUUID } from 'node:crypto';
+import { join, resolve } from 'node:path';
+import type { Logger } from 'pino';
+import { NnError, toErrorRecord } from '../config/errors.ts';
+import { TERMINAL_PHASES } from '../config/messages.ts';
+import type { RunEvent } from '../config/messages.ts';
+import type { RunSpec } from '../config/run-spec.ts';
+import type { Config } from '../config/schema.ts';
+import { deleteCheckpoint, findCheckpoints } from './checkpoints.ts';
+import type { ExchangeKeys } from './exchange-keys.ts';
+import { RunMetrics, claimDirectory } from './metrics.ts';
+import { gradientBytes } from './plan.ts';
+import type { Queues } from './queues.ts';
+import { step } from './run-machine.ts';
+import { initialState, parseJobId, recordOf } from './run-state.ts';
+import type { Effect, JobAddress, MachineEvent, RunState } from './run-state.ts';
+import { Fenced } from './run-store.ts';
+import type { RunStore, Wish } from './run-store.ts';
+import type { WorkerWatch } from './worker-watch.ts';
+
+/** What all drivers of an orchestrator share. */
+export interface DriverContext {
+  readonly config: Config;
+  readonly logger: Logger;
+  readonly queues: Queues;
+  readonly store: RunStore;
+  readonly watch: WorkerWatch;
+  readonly exchange: ExchangeKeys;
+  /** Calls back when the wish of the run may have changed; returns how to stop that. */
+  readonly onWish: (run: string, heard: () => void) => () => void;
+  /** Whether this orchestrator drives other runs. */
+  readonly othersActive: (run: string) => boolean;
+}
+
+/** Pause between two writes of a record: readers need it seldom, and steps may take a millisecond. */
+const RECORD_PAUSE_MS = 50;
+/** First pause before an effect that Redis refused is tried again; doubled up to the configured maximum. */
+const RETRY_MS = 100;
+/** How long the end of a completed run waits for workers to let go of jobs that were given up long before. */
+const ERASE_WAIT_MS = 2_000;
+
+type Inner = MachineEvent extends infer Event ? (Event extends MachineEvent ? Omit<Event, 'atMs'> : never) : never;
+
+export class Driver {
+  readonly #context: DriverContext;
+  readonly #run: string;
+  readonly #token = randomUUID();
+  readonly #signal: AbortSignal;
+  readonly #logger: Logger;
+  readonly #directory: string;
+  #spec!: RunSpec;
+  #state!: RunState;
+  #metrics!: RunMetrics;
+  readonly #effects: Effect[] = [];
+  #pumping = false;
+  #lastWish: Wish | null = null;
+  #lastWord: RunEvent | null = null;
+  #recordDirty = false;
+  #recordWriting: Promise<void> | null = null;
+  #diskFull = false;
+  readonly #ended: Promise<'done' | 'handover'>;
+  #end!: (outcome: 'done' | 'handover') => void;
+  #over = false;
+
+  constructor(context: DriverContext, run: string, signal: AbortSignal) {
+    this.#context = context;
+    this.#run = run;
+    this.#signal = signal;
+    this.#logger = context.logger.child({ run });
+    this.#directory = join(resolve(context.config.runs), run);
+    this.#ended = new Promise((resolve) => {
+      this.#end = (outcome) => {
+        this.#over = true;
+        resolve(outcome);
+      };
+    });
+  }
+
+  /** Drives the run to its end, or until the signal takes it away. Never throws for what the run's record can tell. */
+  async drive(): Promise<'done' | 'handover'> {
+    const { store, watch, queues, onWish, config } = this.#context;
+    const stored = await store.read(this.#run).catch((error: unknown) => {
+      this.#logger.warn(toErrorRecord(error), 'a job for a run without a record');
+      return null;
+    });
+    if (stored === null) return 'done';
+    await store.own(this.#run, this.#token);
+    if (TERMINAL_PHASES.includes(stored.record.phase)) {
+      await this.#cleanUp(0);
+      await store.sweep(this.#run);
+      return 'done';
+    }
+    this.#spec = stored.spec;
+    const stops: (() => void)[] = [];
+    try {
+      await this.#recover();
+      stops.push(watch.listen((workers) => this.#hear({ type: 'workers', workers })));
+      stops.push(onWish(this.#run, () => void this.#readWish()));
+      const timer = setInterval(() => this.#tick(), config.orchestrator.watchMs);
+      stops.push(() => clearInterval(timer));
+      const aborted = (): void => this.#end('handover');
+      this.#signal.addEventListener('abort', aborted, { once: true });
+      stops.push(() => this.#signal.removeEventListener('abort', aborted));
+      if (this.#signal.aborted) aborted();
+      this.#hear({ type: 'workers', workers: watch.views });
+      void this.#readWish();
+      return await this.#ended;
+    } catch (error) {
+      if (error instanceof Fenced) return 'handover';
+      if (this.#signal.aborted) return 'handover';
+      await this.#failUnbegun(error);
+      return 'done';
+    } finally {
+      for (const stop of stops) stop();
+      queues.unlisten(this.#run);
+      await this.#leave();
+    }
+  }
+
+  // --- Beginning ----------------------------------------------------------------------------------------------------
+
+  async #recover(): Promise<void> {
+    const { store, config, exchange, watch, queues } = this.#context;
+    claimDirectory(this.#directory, this.#spec);
+    const [{ record }, control, found] = await Promise.all([store.read(this.#run), store.readControl(this.#run), findCheckpoints(this.#directory)]);
+    this.#metrics = new RunMetrics(this.#directory, Date.now());
+    const { counted } = this.#metrics;
+    const reached = counted?.step ?? record.step;
+    const checkpoints = found.good.filter((checkpoint) => checkpoint.step <= reached);
+    const newest = checkpoints.at(-1)?.step ?? 0;
+    const logThrough = await exchange.logThrough(this.#run, newest, reached);
+    const { orchestrator, queue, redis } = config;
+    this.#state = initialState(
+      {
+        run: this.#run,
+        spec: this.#spec,
+        checkpointRoot: join(this.#directory, 'checkpoints'),
+        logSteps: Math.max(1, Math.floor(config.exchange.logBytes / gradientBytes(this.#spec))),
+        maxReplans: orchestrator.maxReplans,
+        stepsPerJob: orchestrator.stepsPerJob,
+        lookupMs: orchestrator.lookupMs,
+        jobTimeoutMs: orchestrator.jobTimeoutMs,
+        backoffMs: queue.backoffMs,
+        backoffMaximumMs: Math.max(queue.backoffMs, redis.retryMaximumMs),
+      },
+      { record, control, counted, checkpoints, logThrough },
+    );
+    this.#logger.info({ phase: record.phase, step: this.#state.step, epoch: this.#state.epoch }, record.phase === 'queued' ? 'run begins' : 'run is taken up');
+    queues.listen(this.#run, (event) => this.#hear(event));
+    await watch.look();
+    this.#hear({ type: 'workers', workers: watch.views });
+    for (const { directory, error } of found.bad) this.#hear({ type: 'fault', what: `checkpoint ${directory}`, error });
+    if (control !== null) await this.#adopt();
+    this.#hear({ type: 'ready' });
+  }
+
+  /** Tells the machine of the jobs that an earlier driver of this run left in Redis, and of what became of them. */
+  async #adopt(): Promise<void> {
+    const { queues, watch } = this.#context;
+    const jobs = (await queues.jobsOf(this.#run, watch.knownIds)).filter((job) => parseJobId(job.id)!.epoch === this.#state.epoch);
+    for (const job of jobs) await queues.watch(job);
+    for (const job of jobs) {
+      const { name, step: at } = parseJobId(job.id)!;
+      const address: JobAddress = { queue: job.queue, worker: job.worker, id: job.id };
+      const related = name === 'reduce' ? jobs.filter((other) => parseJobId(other.id)!.name === 'shard' && parseJobId(other.id)!.step === at) : [];
+      // Its state may have changed since the listing; the events heard meanwhile were not for any activity.
+      const status = job.status.state === 'pending' ? await queues.lookup(address) : job.status;
+      this.#hear({ type: 'adopt', job: address, data: job.data, processedAtMs: job.processedAtMs, finished: status.state !== 'pending', related });
+      if (name === 'steps') for (const data of await queues.progressOf(address)) this.#hear({ type: 'progress', id: job.id, data });
+      if (status.state === 'completed') this.#hear({ type: 'completed', id: job.id, result: status.result });
+      if (status.state === 'failed') this.#hear({ type: 'failed', id: job.id, error: status.error });
+    }
+  }
+
+  /** The run could not even be taken up: its record says why. */
+  async #failUnbegun(error: unknown): Promise<void> {
+    const { store } = this.#context;
+    this.#logger.error(toErrorRecord(error), 'run fails');
+    const { record } = await store.read(this.#run);
+    const atMs = Date.now();
+    const failed = { ...record, phase: 'failed', error: toErrorRecord(error), finishedAtMs: atMs } as const;
+    await store.close(this.#run, this.#token, failed, { type: 'phase', phase: 'failed', atMs });
+    await this.#cleanUp(0);
+  }
+
+  // --- Hearing ------------------------------------------------------------------------------------------------------
+
+  #hear(event: Inner): void {
+    if (this.#over) return;
+    const next = step(this.#state, { ...event, atMs: Date.now() } as MachineEvent);
+    this.#state = next.state;
+    if (next.effects.length === 0) return;
+    this.#effects.push(...next.effects);
+    this.#recordDirty = true;
+    if (!this.#pumping) void this.#pump();
+    this.#writeRecord();
+  }
+
+  #tick(): void {
+    this.#hear({ type: 'tick' });
+    void this.#readWish();
+  }
+
+  /** A wish counts when it is new, so that an old `resume` does not undo a pause that the machine chose itself. */
+  async #readWish(): Promise<void> {
+    try {
+      const wish = await this.#context.store.readWish(this.#run);
+      if (wish === this.#lastWish) return;
+      this.#lastWish = wish;
+      if (wish !== null) this.#hear({ type: 'wish', wish });
+    } catch (error) {
+      this.#logger.debug(toErrorRecord(error), 'wish not read');
+    }
+  }
+
+  // --- Doing --------------------------------------------------------------------------------------------------------
+
+  /** Does the effects in order, one pump at a time. What Redis refuses is tried again until it succeeds or the run is taken away. */
+  async #pump(): Promise<void> {
+    this.#pumping = true;
+    for (let effect = this.#effects.shift(); effect !== undefined && !this.#over; effect = this.#effects.shift()) {
+      for (let attempt = 0; !this.#over; attempt++) {
+        try {
+          const waiting = this.#perform(effect);
+          if (waiting !== null) await waiting;
+          break;
+        } catch (error) {
+          if (!(await this.#mayRetry(error, effect, attempt))) break;
+        }
+      }
+    }
+    this.#pumping = false;
+  }
+
+  async #mayRetry(error: unknown, effect: Effect, attempt: number): Promise<boolean> {
+    if (this.#over) return false;
+    if (error instanceof Fenced) {
+      this.#logger.warn('another orchestrator drives this run now');
+      this.#end('handover');
+      return false;
+    }
+    const record = toErrorRecord(error);
+    if (!isTransient(error)) {
+      this.#logger.error(record, `effect ${effect.type} failed`);
+      if (effect.type === 'finish') throw error;
+      this.#hear({ type: 'fatal', error: record });
+      return false;
+    }
+    if (attempt === 0) {
+      this.#logger.warn(record, `effect ${effect.type} is tried again`);
+      this.#hear({ type: 'fault', what: `effect ${effect.type}`, error: { code: 'REDIS_UNAVAILABLE', message: record.message, context: {} } });
+    }
+    await new Promise((resolve) => setTimeout(resolve, Math.min(this.#context.config.redis.retryMaximumMs, RETRY_MS * 2 ** Math.min(attempt, 10))));
+    return !this.#over;
+  }
+
+  /** Null: done, or on its way; else what must be waited for before the next effect. */
+  #perform(effect: Effect): Promise<void> | null {
+    const { queues, store, watch, exchange } = this.#context;
+    switch (effect.type) {
+      case 'flow':
+        return queues.addFlow(effect.parent, effect.children);
+      case 'add':
+        // What the checkpoint rests on must not be younger on the disk than the checkpoint.
+        if (effect.job.name === 'checkpoint') this.#syncMetrics();
+        return queues.add(effect.job);
+      case 'control':
+        // The end of a run deletes its control: that stops every job at once, and for good.
+        if (TERMINAL_PHASES.includes(this.#state.phase)) return store.deleteControl(this.#run, this.#token);
+        return store.writeControl(this.#run, this.#token, effect.control);
+      case 'metrics':
+        this.#append(effect);
+        return null;
+      case 'publish':
+        if (effect.event.type === 'phase') this.#logger.info(`run is ${effect.event.phase}`);
+        if (effect.event.type === 'fault') this.#logger.warn(effect.event.error, `fault: ${effect.event.what}`);
+        if (effect.event.type === 'phase' && TERMINAL_PHASES.includes(effect.event.phase)) this.#lastWord = effect.event;
+        else this.#background('event', store.publish(this.#run, effect.event));
+        return null;
+      case 'claim':
+        return watch.claim(this.#run, effect.workers).then((workers) => this.#hear({ type: 'claimed', workers }));
+      case 'release':
+        return watch.release(this.#run, effect.workers);
+      case 'remove':
+        return queues.remove(effect.jobs);
+      case 'lookup':
+        return this.#lookUp(effect.jobs);
+      case 'trim':
+        this.#background('trim', exchange.trim(this.#run, this.#spec, effect.from, effect.through));
+        return null;
+      case 'deleteCheckpoints':
+        for (const directory of effect.directories) this.#background('old checkpoint', deleteCheckpoint(directory));
+        return null;
+      case 'findCheckpoints':
+        return findCheckpoints(this.#directory).then(({ good, bad }) => this.#hear({ type: 'checkpoints', good, bad }));
+      case 'finish':
+        return this.#finish();
+    }
+  }
+
+  #append({ line }: Extract<Effect, { type: 'metrics' }>): void {
+    try {
+      this.#metrics.append(line);
+      this.#diskFull = false;
+    } catch (error) {
+      const full = (error as NnError).code === 'DISK_FULL';
+      if (!full || (error as NnError).context['fatal'] === true) throw error;
+      if (!this.#diskFull) this.#hear({ type: 'fault', what: 'metrics', error: toErrorRecord(error) });
+      this.#diskFull = true;
+    }
+  }
+
+  #syncMetrics(): void {
+    try {
+      this.#metrics.sync();
+    } catch (error) {
+      this.#hear({ type: 'fault', what: 'metrics', error: toErrorRecord(error) });
+    }
+  }
+
+  /** What may have ended without our hearing of it. The first of a flow is its parent. */
+  async #lookUp(jobs: readonly JobAddress[]): Promise<void> {
+    for (const job of jobs) {
+      const status = await this.#context.queues.lookup(job);
+      if (status.state === 'completed') this.#hear({ type: 'completed', id: job.id, result: status.result });
+      if (status.state === 'failed') this.#hear({ type: 'failed', id: job.id, error: status.error });
+      if (status.state === 'missing') this.#hear({ type: 'missing', id: job.id });
+      if (job === jobs[0] && status.state !== 'pending' && parseJobId(job.id)?.name === 'reduce') return;
+    }
+  }
+
+  /** Work that nobody waits for; its failure is logged. */
+  #background(what: string, work: Promise<unknown>): void {
+    work.catch((error: unknown) => this.#logger.warn(toErrorRecord(error), `${what} failed`));
+  }
+
+  /** Writes the record unless a write is under way, which then is followed by another. The last one is `finish`'s. */
+  #writeRecord(): void {
+    if (this.#recordWriting !== null || TERMINAL_PHASES.includes(this.#state.phase)) return;
+    this.#recordWriting = (async () => {
+      while (this.#recordDirty && !this.#over && !TERMINAL_PHASES.includes(this.#state.phase)) {
+        this.#recordDirty = false;
+        await this.#context.store.writeRecord(this.#run, this.#token, recordOf(this.#state));
+        await new Promise((resolve) => setTimeout(resolve, RECORD_PAUSE_MS));
+      }
+    })()
+      .catch((error: unknown) => {
+        if (error instanceof Fenced) this.#end('handover');
+        else this.#logger.warn(toErrorRecord(error), 'record not written');
+      })
+      .finally(() => {
+        this.#recordWriting = null;
+      });
+  }
+
+  // --- Ending -------------------------------------------------------------------------------------------------------
+
+  /** A completed run is cleaned up before anybody is told; one that was stopped is told first, since its workers may take a while. */
+  async #finish(): Promise<void> {
+    const { store, config } = this.#context;
+    const completed = this.#state.phase === 'completed';
+    this.#syncMetrics();
+    await this.#recordWriting;
+    if (completed) await this.#cleanUp(ERASE_WAIT_MS);
+    await store.close(this.#run, this.#token, recordOf(this.#state), this.#lastWord!);
+    if (!completed) await this.#cleanUp(config.orchestrator.requestTimeoutMs);
+    this.#end('done');
+  }
+
+  /** Jobs, gradients and claims of the run are deleted; jobs that a worker still holds after `waitMs` are torn from it. */
+  async #cleanUp(waitMs: number): Promise<void> {
+    const { queues, exchange, watch, othersActive } = this.#context;
+    await queues.erase(this.#run, waitMs);
+    await exchange.erase(this.#run);
+    await watch.releaseAll(this.#run);
+    if (!othersActive(this.#run)) await queues.trimEvents();
+  }
+
+  /** On the way out, however: files are closed; a driver that gives the run back writes down how far it got. */
+  async #leave(): Promise<void> {
+    this.#over = true;
+    await this.#recordWriting;
+    if (this.#metrics === undefined) return;
+    if (!TERMINAL_PHASES.includes(this.#state.phase) && this.#signal.reason === 'stop') {
+      await this.#context.store.writeRecord(this.#run, this.#token, recordOf(this.#state)).catch((error: unknown) => this.#logger.warn(toErrorRecord(error), 'record not written'));
+    }
+    this.#metrics.close();
+  }
+}
+
+/** Redis is away, full, loading or read-only: another attempt may succeed. */
+function isTransient(error: unknown): boolean {
+  const { name, message } = error as Error;
+  if (name === 'MaxRetriesPerRequestError') return true;
+  if (name === 'ReplyError') return /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|MISCONF)/.test(message);
+  return /Connection is closed|ECONN|EPIPE|ETIMEDOUT|ENOENT.*sock|Stream isn't writeable|Command timed out/.test(message);
+}

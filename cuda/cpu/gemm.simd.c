@@ -25,6 +25,10 @@
 #define ROW_BLOCK 192
 #endif
 #define NR (2 * NN_VL)
+/* Steps of k for each turn of the micro kernel's loop: its counting takes ports away from the multiply-adds. */
+#ifndef UNROLL
+#define UNROLL 2
+#endif
 #define MAX_PANELS (NN_COLUMN_BLOCK / NR)
 #define MAX_ROW_PANELS (ROW_BLOCK / MR)
 /* A product not deeper than this is done in one k block; a deeper one in equal blocks of at most K_BLOCK_DEEP. */
@@ -47,6 +51,19 @@ _Static_assert(sizeof(scratch) <= NN_THREAD_SCRATCH_BYTES, "the scratch of a thr
 
 /* ---- micro kernels -------------------------------------------------------------------------------------------------- */
 
+/* sum[i][v] += a[i] * b[v], one step of k. */
+NN_INLINE void micro_step(const int rows, const int vectors, nn_vec sum[MR][2], const float *a, const float *b) {
+  nn_vec column[2];
+#pragma GCC unroll 2
+  for (int v = 0; v < vectors; v++) column[v] = nn_load(b + v * NN_VL);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) {
+    nn_vec element = nn_set(a[i]);
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) sum[i][v] += element * column[v];
+  }
+}
+
 /* rows (1 .. MR) x vectors (1 .. 2) sums over `depth`, both constants at each call, so that the sums live in registers. */
 NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const float *restrict a, const float *restrict b,
                      const float *initial, int64_t initial_stride, float *out, int64_t out_stride, int add) {
@@ -56,19 +73,14 @@ NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const flo
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; v++)
       sum[i][v] = initial != NULL ? nn_load(initial + i * initial_stride + v * NN_VL) : (nn_vec){0};
-  for (int64_t p = 0; p < depth; p++) {
-    nn_vec column[2];
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; v++) column[v] = nn_load(b + v * NN_VL);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-      nn_vec element = nn_set(a[i]);
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; v++) sum[i][v] += element * column[v];
-    }
-    a += MR;
-    b += NR;
+  int64_t p = 0;
+  for (; p + UNROLL <= depth; p += UNROLL) {
+#pragma GCC unroll 8
+    for (int q = 0; q < UNROLL; q++) micro_step(rows, vectors, sum, a + q * MR, b + q * NR);
+    a += UNROLL * MR;
+    b += UNROLL * NR;
   }
+  for (; p < depth; p++, a += MR, b += NR) micro_step(rows, vectors, sum, a, b);
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2

@@ -163,11 +163,11 @@ export function settings(config: Config, environment: NodeJS.ProcessEnv = proces
 const MARKS = { ok: ['green', 'ok'], warning: ['yellow', '!!'], failed: ['red', 'no'] } as const;
 
 async function doctor(options: { golden?: string; device?: string; json?: boolean }): Promise<void> {
+  const config = loadConfig();
   if (options.golden !== undefined) {
-    await runGolden(options.golden, options.device ?? 'cpu', options.json);
+    runGolden(options.golden, options.device ?? 'cpu', config.worker.threads, options.json);
     return;
   }
-  const config = loadConfig();
   await withLifetime(async (life) => {
     const checks: [string, () => Outcome | Promise<Outcome>][] = [
       ['Node', checkNode],

@@ -13,24 +13,25 @@ export function parseDevice(text: string): { library: 'cpu' | 'cuda'; index: num
   return match[1] === undefined ? { library: 'cpu', index: 0 } : { library: 'cuda', index: Number(match[1]) };
 }
 
-/** Throws GOLDEN_MISMATCH naming the worst check; FILE_NOT_FOUND and others from reading and computing. */
-export async function runGolden(file: string, device: string, json: boolean | undefined): Promise<void> {
-  const checks = await checkGolden(file, parseDevice(device));
-  printResult(json, { golden: file, device, ok: checks.every(({ ok }) => ok), checks }, () =>
+/** Throws GOLDEN_MISMATCH naming the first check that fails; FILE_NOT_FOUND and others from reading and computing. */
+export function runGolden(file: string, device: string, threads: number, json: boolean | undefined): void {
+  const report = checkGolden(file, { ...parseDevice(device), threads });
+  printResult(json, { ...report, device }, () =>
     table(
       [{ title: '' }, { title: 'CHECK' }, { title: 'LARGEST ERROR', align: 'right' }, { title: 'TOLERANCE', align: 'right' }, { title: 'MEASURE' }],
-      checks.map(({ name, error, tolerance, ok, measure }) => [
-        ok ? paint('green', 'ok') : paint('red', 'no'),
-        name,
-        error.toExponential(2),
+      report.rows.map(({ what, measure, error, tolerance, passed }) => [
+        passed ? paint('green', 'ok') : paint('red', 'no'),
+        what,
+        error === 0 ? '0' : error.toExponential(2),
         tolerance === 0 ? 'equal' : tolerance.toExponential(0),
         measure,
       ]),
     ),
   );
-  const wrong = checks.filter(({ ok }) => !ok);
-  if (wrong.length > 0) {
-    const [first] = wrong;
-    throw new NnError('GOLDEN_MISMATCH', `${wrong.length} of ${checks.length} checks of ${file} fail, first ${first!.name}: ${first!.error.toExponential(2)} against ${first!.tolerance}`);
-  }
+  const wrong = report.rows.filter(({ passed }) => !passed);
+  const [first] = wrong;
+  if (first === undefined) return;
+  const where = first.worst === undefined ? '' : ` at ${first.worst}`;
+  const errors = `${first.error.toExponential(2)} against ${first.tolerance.toExponential(0)}`;
+  throw new NnError('GOLDEN_MISMATCH', `${file}: ${wrong.length} of ${report.rows.length} checks fail, first ${first.what}${where}: ${errors}`);
 }

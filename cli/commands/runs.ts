@@ -6,11 +6,13 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Command } from 'commander';
 import { NnError, fromErrorRecord } from '../../config/errors.ts';
-import type { RunRecord, StepReport } from '../../config/messages.ts';
+import { TERMINAL_PHASES } from '../../config/messages.ts';
+import type { RunRecord } from '../../config/messages.ts';
 import { parseRunSpec, tokensPerStep } from '../../config/run-spec.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
 import type { Config } from '../../config/schema.ts';
+import type { MetricsLine } from '../../orchestrator/run-state.ts';
 import { eventLine, followRun, meanAux, stepLine } from '../follow.ts';
 import { withLifetime } from '../lifetime.ts';
 import { readSpec, readText } from '../options.ts';
@@ -110,6 +112,9 @@ async function status(name: string, options: { json?: boolean }): Promise<void> 
   });
 }
 
+const metricsText = (line: MetricsLine): string =>
+  line.type === 'step' ? stepLine(line.report, line.tokensPerSecond) : `eval at step ${line.step}: validation loss ${formatLoss(line.loss)}`;
+
 /** The steps so far from the run's metrics, then, with --follow, every event until the run ends. */
 async function logs(name: string, options: { follow?: boolean; json?: boolean }): Promise<void> {
   const config = loadConfig();
@@ -118,14 +123,14 @@ async function logs(name: string, options: { follow?: boolean; json?: boolean })
     const run = client.run(name);
     const record = await life.until(run.record()); // RUN_NOT_FOUND before anything is printed
     const file = metricsFile(config, name);
-    const steps = existsSync(file) ? readText(file).split('\n').filter((line) => line.trim() !== '') : [];
+    const lines = existsSync(file) ? readText(file).split('\n').filter((line) => line !== '') : [];
     let last = 0;
-    for (const line of steps) {
-      const report = JSON.parse(line) as StepReport & { tokensPerSecond?: number };
-      last = Math.max(last, report.step ?? 0);
-      process.stdout.write(options.json === true ? `${line}\n` : `${stepLine(report, report.tokensPerSecond ?? null)}\n`);
+    for (const line of lines) {
+      const entry = JSON.parse(line) as MetricsLine;
+      if (entry.type === 'step') last = entry.report.step;
+      process.stdout.write(`${options.json === true ? line : metricsText(entry)}\n`);
     }
-    if (options.follow !== true || ['completed', 'failed', 'cancelled'].includes(record.phase)) return;
+    if (options.follow !== true || TERMINAL_PHASES.includes(record.phase)) return;
     const iterator = run.events()[Symbol.asyncIterator]();
     try {
       for (let next = await life.until(iterator.next()); next.done !== true; next = await life.until(iterator.next())) {

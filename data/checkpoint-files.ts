@@ -14,18 +14,16 @@
  *     training/weights.safetensors                  float32 master weights, unless the model's are float32 already
  *     manifest.json                                 size and sha-256 of each file; written last
  */
-import { randomBytes } from 'node:crypto';
 import { mkdirSync, readFileSync, readdirSync } from 'node:fs';
 import { rename, rm } from 'node:fs/promises';
-import { hostname } from 'node:os';
-import { basename, dirname, join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { NnError, errorCode } from '../config/errors.ts';
 import { elementCount, parameterShapes } from '../config/presets.ts';
 import type { ModelConfig, ParameterShape } from '../config/presets.ts';
 import type { Precision } from '../config/run-spec.ts';
 import { FILES, verifyCheckpoint } from './checkpoint-reader.ts';
 import type { TrainingKind, TrainingState } from './checkpoint-reader.ts';
-import { fileError, onFile, syncDirectory, systemCode } from './files.ts';
+import { fileError, forgetTemporary, onFile, removeAbandoned, syncDirectory, systemCode, temporaryName } from './files.ts';
 import { generationConfig, huggingFaceConfig, tokenizerConfig } from './hugging-face.ts';
 import { MANIFEST, ManifestBuilder, encodeJson, readManifest, writeSmall } from './manifest.ts';
 import { writeSafetensors } from './safetensors.ts';
@@ -116,35 +114,6 @@ function fillDirectory(directory: string, source: CheckpointSource, shardBytes: 
   return manifest.bytes;
 }
 
-/** Temporary directories that this thread is writing. */
-const active = new Set<string>();
-
-/** A temporary name beside `directory` that tells whose it is: `.step-7.<host>.<pid>.<random>.partial`. */
-const temporaryName = (directory: string, ending: 'partial' | 'replaced'): string =>
-  join(dirname(directory), `.${basename(directory)}.${hostname()}.${process.pid}.${randomBytes(4).toString('hex')}.${ending}`);
-
-/** Whether no process of this host is at work on a temporary directory: its process is gone, or is this one and knows nothing of it. */
-function isAbandoned(path: string): boolean {
-  const match = /^\.(.+)\.(\d+)\.[0-9a-f]{8}\.(partial|replaced)$/.exec(basename(path));
-  if (match === null || !match[1]!.endsWith(`.${hostname()}`)) return false;
-  const processId = Number(match[2]);
-  if (processId === process.pid) return !active.has(path);
-  try {
-    process.kill(processId, 0);
-    return false;
-  } catch (error) {
-    return systemCode(error) === 'ESRCH';
-  }
-}
-
-/** Removes what killed processes of this host left in a directory of checkpoints. */
-async function removeAbandoned(parent: string): Promise<void> {
-  for (const name of readdirSync(parent)) {
-    const path = join(parent, name);
-    if (isAbandoned(path)) await rm(path, { recursive: true, force: true });
-  }
-}
-
 /** Whether `directory` holds the checkpoint that lies in `temporary`, undamaged. */
 async function holdsTheSame(directory: string, temporary: string): Promise<boolean> {
   try {
@@ -170,6 +139,7 @@ async function place(temporary: string, directory: string): Promise<void> {
     await rename(directory, aside);
     await rename(temporary, directory);
     await rm(aside, { recursive: true, force: true });
+    forgetTemporary(aside);
   }
   syncDirectory(dirname(directory));
 }
@@ -186,9 +156,8 @@ export async function writeCheckpoint(
 ): Promise<{ bytes: number }> {
   const parent = dirname(directory);
   onFile(parent, () => mkdirSync(parent, { recursive: true }));
-  await removeAbandoned(parent);
-  const temporary = temporaryName(directory, 'partial');
-  active.add(temporary);
+  removeAbandoned(parent);
+  const temporary = temporaryName(directory);
   try {
     onFile(directory, () => mkdirSync(temporary));
     const bytes = fillDirectory(temporary, source, shardBytes);
@@ -198,7 +167,7 @@ export async function writeCheckpoint(
     await rm(temporary, { recursive: true, force: true });
     throw fileError(error, directory);
   } finally {
-    active.delete(temporary);
+    forgetTemporary(temporary);
   }
 }
 

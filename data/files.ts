@@ -3,8 +3,10 @@
  * turn a full disk into DISK_FULL, and the sync-then-rename that makes a file complete or absent. Knows no format. Called
  * by every reader and writer of data/.
  */
-import { closeSync, fsyncSync, openSync, readSync, renameSync, writeSync } from 'node:fs';
-import { dirname } from 'node:path';
+import { randomBytes } from 'node:crypto';
+import { closeSync, fsyncSync, openSync, readSync, readdirSync, renameSync, rmSync, writeSync } from 'node:fs';
+import { hostname } from 'node:os';
+import { basename, dirname, join } from 'node:path';
 import { NnError } from '../config/errors.ts';
 
 /** One system call moves at most this many bytes: Linux stops at 2 GiB - 4 KiB, Node at 2 GiB - 1. */
@@ -82,10 +84,49 @@ export function syncDirectory(directory: string): void {
   }
 }
 
-/** Gives a synced file or directory its final name, atomically and durably. */
+/** Temporary files and directories that this thread is writing. */
+const active = new Set<string>();
+
+/**
+ * A temporary name beside `path` that tells whose it is: `.<name>.<host>.<process>.<random>.<ending>`. It counts as in
+ * use until `forgetTemporary` or the end of the process.
+ */
+export function temporaryName(path: string, ending: 'partial' | 'replaced' = 'partial'): string {
+  const temporary = join(dirname(path), `.${basename(path)}.${hostname()}.${process.pid}.${randomBytes(4).toString('hex')}.${ending}`);
+  active.add(temporary);
+  return temporary;
+}
+
+/** Says that a temporary name is no longer in use: it was published or removed. */
+export const forgetTemporary = (temporary: string): void => void active.delete(temporary);
+
+/** Whether no process of this host is at work on a temporary: its process is gone, or is this one and knows nothing of it. */
+function isAbandoned(path: string): boolean {
+  const match = /^\.(.+)\.(\d+)\.[0-9a-f]{8}\.(partial|replaced)$/.exec(basename(path));
+  if (match === null || !match[1]!.endsWith(`.${hostname()}`)) return false;
+  const processId = Number(match[2]);
+  if (processId === process.pid) return !active.has(path);
+  try {
+    process.kill(processId, 0);
+    return false;
+  } catch (error) {
+    return systemCode(error) === 'ESRCH';
+  }
+}
+
+/** Removes the temporaries that killed processes of this host left in a directory. */
+export function removeAbandoned(directory: string): void {
+  for (const name of readdirSync(directory)) {
+    const path = join(directory, name);
+    if (isAbandoned(path)) rmSync(path, { recursive: true, force: true });
+  }
+}
+
+/** Gives a synced file its final name, atomically and durably. */
 export function publish(temporary: string, path: string): void {
   renameSync(temporary, path);
   syncDirectory(dirname(path));
+  forgetTemporary(temporary);
 }
 
 /** A name from a file, quoted and cut, so that whatever it holds an error stays one short line. */

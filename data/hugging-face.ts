@@ -10,10 +10,7 @@ import { NnError } from '../config/errors.ts';
 import { validateModel } from '../config/presets.ts';
 import type { ModelConfig } from '../config/presets.ts';
 import type { Precision } from '../config/run-spec.ts';
-
-/** Ids of the special tokens; the tokenizer has the same. */
-export const SPECIAL_TOKENS = ['<pad>', '<unk>', '<bos>', '<eos>'] as const;
-export const SPECIAL_IDS = { pad: 0, unk: 1, bos: 2, eos: 3 } as const;
+import { SPECIAL_IDS, SPECIAL_TOKENS } from './special-tokens.ts';
 
 /** Positions that the config claims without NTK: what design and presets call a 32K model. */
 const BASE_POSITIONS = 32_768;

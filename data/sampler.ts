@@ -16,6 +16,7 @@
 import assert from 'node:assert/strict';
 import { NnError } from '../config/errors.ts';
 import type { RunSpec } from '../config/run-spec.ts';
+import { SPECIAL_IDS } from './special-tokens.ts';
 
 /** What the sampler needs of a token file. */
 export interface TokenSource {
@@ -41,9 +42,6 @@ export interface Batch {
 
 /** A target that does not count (the loss kernels skip it). */
 export const IGNORED = -100;
-
-/** <pad>, the id whose targets do not count. */
-const PAD = 0;
 
 /** Rounds of the Feistel network; 4 are enough for a random-looking order, the others cost nothing beside a read. */
 const ROUNDS = 6;
@@ -116,7 +114,7 @@ function fillRow(batch: Batch, row: number, window: Int32Array): void {
   batch.inputs.set(window.subarray(0, length), at);
   for (let index = 0; index < length; index++) {
     const target = window[index + 1]!;
-    batch.targets[at + index] = target === PAD ? IGNORED : target;
+    batch.targets[at + index] = target === SPECIAL_IDS.pad ? IGNORED : target;
   }
 }
 
@@ -150,7 +148,7 @@ export function stepTargetTokens(source: TokenSource, order: DataOrder, step: nu
   let targets = 0;
   for (let sequence = 0; sequence < sequencesPerStep; sequence++) {
     source.read(sequenceStart(source, order.seed, sequenceLength, (step - 1) * sequencesPerStep + sequence), window);
-    for (let index = 1; index <= sequenceLength; index++) if (window[index] !== PAD) targets++;
+    for (let index = 1; index <= sequenceLength; index++) if (window[index] !== SPECIAL_IDS.pad) targets++;
   }
   return targets;
 }

@@ -23,10 +23,11 @@
 import assert from 'node:assert/strict';
 import { closeSync, fstatSync, fsyncSync, openSync, rmSync } from 'node:fs';
 import { endianness } from 'node:os';
-import { basename, dirname, join } from 'node:path';
+import { dirname } from 'node:path';
 import { crc32 } from 'node:zlib';
 import { NnError } from '../config/errors.ts';
-import { bytesOf, fileError, onFile, publish, readAt, writeAll } from './files.ts';
+import { bytesOf, fileError, forgetTemporary, onFile, publish, readAt, removeAbandoned, temporaryName, writeAll } from './files.ts';
+import { SPECIAL_IDS } from './special-tokens.ts';
 
 const MAGIC = 'NNTOKENS';
 const VERSION = 1;
@@ -34,9 +35,6 @@ const HEADER_BYTES = 80;
 
 /** A block is checked as a whole when any of it is first read, so it is small: 64 KiB cost about 30 us. */
 const BLOCK_BYTES = 64 << 10;
-
-/** <pad>: the id whose targets do not count. */
-export const PAD = 0;
 
 assert.equal(endianness(), 'LE', 'tokens are little-endian on disk and are read in place');
 
@@ -235,8 +233,9 @@ export class TokenFileWriter {
     this.#tokenizerDigest = tokenizerDigest ?? '0'.repeat(64);
     this.#width = vocabSize <= 1 << 16 ? 2 : 4;
     this.#block = this.#width === 2 ? new Uint16Array(BLOCK_BYTES / 2) : new Uint32Array(BLOCK_BYTES / 4);
-    this.#temporary = join(dirname(path), `.${basename(path)}.${process.pid}.partial`);
-    this.#descriptor = onFile(path, () => openSync(this.#temporary, 'w'));
+    onFile(path, () => removeAbandoned(dirname(path)));
+    this.#temporary = temporaryName(path);
+    this.#descriptor = onFile(path, () => openSync(this.#temporary, 'wx'));
     this.#guard(() => writeAll(this.#descriptor, new Uint8Array(HEADER_BYTES)));
   }
 
@@ -254,7 +253,7 @@ export class TokenFileWriter {
         if (!(token >= 0 && token < this.vocabSize)) {
           throw new NnError('DATA_INVALID', `${this.path}: token ${this.#count} would be ${token}, beyond the vocabulary of ${this.vocabSize}`, { path: this.path, token });
         }
-        if (token === PAD) this.#padCount++;
+        if (token === SPECIAL_IDS.pad) this.#padCount++;
         this.#block[this.#filled++] = token;
         this.#count++;
         if (this.#filled === this.#block.length) this.#flush();
@@ -297,6 +296,7 @@ export class TokenFileWriter {
     if (this.#open) closeSync(this.#descriptor);
     this.#open = false;
     rmSync(this.#temporary, { force: true });
+    forgetTemporary(this.#temporary);
   }
 
   #flush(): void {

@@ -18,7 +18,7 @@ const model: ModelConfig = { ...PRESETS.tiny, vocabSize: 40, hiddenSize: 16, hea
 
 /** Values that tell tensor, kind and step apart, and do not survive bf16. */
 function fill(kind: TrainingKind, name: string, step: number, into: Float32Array): void {
-  let state = [...`${kind} ${name} ${step}`].reduce((hash, character) => Math.imul(hash ^ character.charCodeAt(0), 16777619), 2166136261);
+  let state = Array.from(`${kind} ${name} ${step}`).reduce((hash, character) => Math.imul(hash ^ character.charCodeAt(0), 16777619), 2166136261);
   for (let index = 0; index < into.length; index++) {
     state = Math.imul(state, 1664525) + 1013904223;
     into[index] = state / 2 ** 31;

@@ -6,16 +6,17 @@ import { expect } from 'chai';
 import { errorCode } from '../../config/errors.ts';
 import type { ErrorCode } from '../../config/errors.ts';
 
-/** A directory that is there during each test of the suite that calls this. */
-export function temporaryDirectory(): { path: string; file(name: string): string } {
+/** A directory that is there during each test of the suite that calls this, empty at first; or one for the whole suite. */
+export function temporaryDirectory(scope: 'test' | 'suite' = 'test'): { path: string; file(name: string): string } {
   const directory = {
     path: '',
     file: (name: string): string => join(directory.path, name),
   };
-  beforeEach(() => {
+  const [start, end] = scope === 'test' ? [beforeEach, afterEach] : [before, after];
+  start(() => {
     directory.path = mkdtempSync(join(tmpdir(), 'cuda-nn-data-'));
   });
-  afterEach(() => {
+  end(() => {
     rmSync(directory.path, { recursive: true, force: true });
   });
   return directory;

@@ -1,0 +1,308 @@
+/**
+ * Workers as processes: the supervisor keeps them alive, they serve BullMQ jobs one at a time, heed the control channel, drain
+ * on SIGTERM, and lose nothing when they are killed. Real processes, real Redis, real native library.
+ */
+import { once } from 'node:events';
+import { join } from 'node:path';
+import { expect } from 'chai';
+import type { Job, Queue, QueueEvents } from 'bullmq';
+import { FlowProducer } from 'bullmq';
+import { decodeFailure } from '../../config/errors.ts';
+import { workerQueue } from '../../config/keys.ts';
+import { parseResult } from '../../config/messages.ts';
+import type { Result, WorkerRecord } from '../../config/messages.ts';
+import type { RunSpec } from '../../config/run-spec.ts';
+import { startSupervisor } from '../../workers/main.ts';
+import type { Supervisor, SupervisorEvent, SupervisorOptions } from '../../workers/main.ts';
+import { World, eventually, originOf } from './worker-helpers.ts';
+
+type Exit = Extract<SupervisorEvent, { type: 'exited' }>;
+
+describe('worker processes', function () {
+  this.timeout(60_000);
+  let world: World;
+  let supervisors: Supervisor[] = [];
+  let log: SupervisorEvent[] = [];
+  let prefixes = 0;
+
+  const start = async (options: Partial<SupervisorOptions> = {}): Promise<{ supervisor: Supervisor; ids: string[] }> => {
+    const supervisor = startSupervisor({
+      config: world.config,
+      device: { library: 'cpu', indices: 'cpu' },
+      count: 1,
+      idPrefix: `s${prefixes++}`,
+      onEvent: (event) => log.push(event),
+      ...options,
+    });
+    supervisors.push(supervisor);
+    await supervisor.ready;
+    return { supervisor, ids: supervisor.workers().map(({ id }) => id) };
+  };
+  const record = async (id: string): Promise<WorkerRecord | undefined> => {
+    const text = await world.redis.hget(world.names.workers, id);
+    return text === null ? undefined : (JSON.parse(text) as WorkerRecord);
+  };
+  const exits = (): Exit[] => log.filter((event) => event.type === 'exited');
+  const outcomeOf = async <Name extends 'steps' | 'shard' | 'reduce' | 'checkpoint' | 'digest' | 'eval'>(name: Name, job: Job, events: QueueEvents): Promise<Result<Name>> =>
+    parseResult(name, await job.waitUntilFinished(events, 40_000));
+  const failureOf = async (job: Job, events: QueueEvents): Promise<ReturnType<typeof decodeFailure>> => {
+    try {
+      await job.waitUntilFinished(events, 40_000);
+    } catch (error) {
+      return decodeFailure((error as Error).message);
+    }
+    throw new Error('the job did not fail');
+  };
+  const newSpec = (name: string, more: Partial<RunSpec> = {}): RunSpec => ({ ...world.spec(name), ...more });
+  const addSteps = async (queue: Queue, spec: RunSpec, fromStep: number, stepCount: number, options: object = {}): Promise<Job> =>
+    queue.add('steps', { ...originOf(spec), fromStep, stepCount }, options);
+
+  before(async () => {
+    world = new World();
+    world.tokenFile();
+    await world.startRedis();
+  });
+  afterEach(async () => {
+    await Promise.all(supervisors.map((supervisor) => supervisor.stop()));
+    supervisors = [];
+    log = [];
+    await world.redis.flushall();
+  });
+  after(() => world.stop());
+
+  it('say what they are, and sign off when they are stopped', async () => {
+    const { supervisor, ids } = await start({ count: 2 });
+    const first = (await record(ids[0]!))!;
+    expect(first).to.include({ id: ids[0], state: 'idle', replica: null });
+    expect(first.device.kind).to.equal('cpu');
+    expect(first.precisions).to.deep.equal(['fp32']);
+    expect(supervisor.workers().map(({ pid }) => pid)).to.include(first.processId);
+    await eventually('a heartbeat', async () => ((await record(ids[0]!))!.heartbeatAtMs > first.heartbeatAtMs ? true : undefined));
+    await supervisor.stop();
+    await supervisor.ended;
+    expect(await world.redis.hlen(world.names.workers)).to.equal(0);
+    expect(exits().map(({ code, restartInMs }) => [code, restartInMs])).to.deep.equal([[0, null], [0, null]]);
+  });
+
+  it('are restarted when killed, with the same id and a new incarnation', async () => {
+    const { supervisor, ids } = await start();
+    const before = (await record(ids[0]!))!;
+    process.kill(before.processId, 'SIGKILL');
+    const after = await eventually('a new incarnation', async () => {
+      const now = await record(ids[0]!);
+      return now !== undefined && now.incarnation !== before.incarnation ? now : undefined;
+    });
+    expect(after.id).to.equal(before.id);
+    expect(supervisor.workers()).to.deep.equal([{ id: ids[0], pid: after.processId }]);
+    expect(exits()[0]).to.include({ signal: 'SIGKILL' });
+    expect(exits()[0]!.restartInMs).to.be.within(25, 50);
+  });
+
+  it('are given up when a restart cures nothing, and the supervisor says why', async () => {
+    await world.redis.config('SET', 'maxmemory-policy', 'allkeys-lru');
+    const supervisor = startSupervisor({ config: world.config, device: { library: 'cpu', indices: 'cpu' }, count: 1, idPrefix: 'refused', onEvent: (event) => log.push(event) });
+    supervisors.push(supervisor);
+    const ready = await supervisor.ready.then(() => undefined, (error: unknown) => error);
+    const ended = await supervisor.ended.then(() => undefined, (error: unknown) => error);
+    await world.redis.config('SET', 'maxmemory-policy', 'noeviction');
+    expect(ready).to.include({ code: 'REDIS_POLICY' });
+    expect(ended).to.include({ code: 'REDIS_POLICY' });
+    expect(supervisor.workers()).to.deep.equal([]);
+  });
+
+  it('do steps, report each of them, and show the replica', async () => {
+    const { ids } = await start();
+    const spec = newSpec('reports');
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
+    const progress: Result<'stepProgress'>[] = [];
+    events.on('progress', ({ data }) => progress.push(parseResult('stepProgress', data)));
+    const result = await outcomeOf('steps', await addSteps(queue, spec, 0, 5), events);
+    expect(result).to.include({ worker: ids[0], fromStep: 0, stepsDone: 5, epoch: 0 });
+    expect(progress.map(({ report }) => report)).to.deep.equal(result.reports);
+    expect(result.reports.map(({ step }) => step)).to.deep.equal([1, 2, 3, 4, 5]);
+    await eventually('the replica in the heartbeat', async () => ((await record(ids[0]!))?.replica?.step === 5 ? true : undefined));
+    await world.redis.del(world.names.control(spec.name));
+    await eventually('a free device after the run', async () => ((await record(ids[0]!))?.replica === null ? true : undefined));
+  });
+
+  it('give the bits of the local way in a flow of two workers, and leave nothing behind', async () => {
+    const { ids } = await start({ count: 2 });
+    const spec = newSpec('flow');
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const flows = new FlowProducer({ connection: world.connect(), prefix: world.config.redis.prefix });
+    const { events } = await world.queue('train');
+    const times: number[] = [];
+    for (let step = 1; step <= 4; step++) {
+      const startedAt = performance.now();
+      const { job } = await flows.add({
+        name: 'reduce', queueName: 'train', data: { ...originOf(spec), step, shardCount: 4 }, opts: { removeOnComplete: { count: 10 } },
+        children: Array.from({ length: 4 }, (_, shard) => ({
+          name: 'shard', queueName: 'train', data: { ...originOf(spec), step, shard }, opts: { attempts: 3, failParentOnFailure: true, removeOnComplete: true },
+        })),
+      });
+      await outcomeOf('reduce', job, events);
+      times.push(performance.now() - startedAt);
+    }
+    await flows.close();
+    const digests = await Promise.all([ids[0]!, ids[1]!].map(async (id) => {
+      const own = await world.queue(workerQueue('train', id));
+      return (await outcomeOf('digest', await own.queue.add('digest', { ...originOf(spec), step: 4 }), own.events)).digest;
+    }));
+    const local = newSpec('flow-reference');
+    await world.control(local.name, { epoch: 0, command: 'run' });
+    const own = await world.queue(workerQueue('train', ids[0]!));
+    await outcomeOf('steps', await addSteps(own.queue, local, 0, 4), own.events);
+    const reference = await outcomeOf('digest', await own.queue.add('digest', { ...originOf(local), step: 4 }), own.events);
+    expect(digests).to.deep.equal([reference.digest, reference.digest]);
+    expect(await world.redis.keys(`${world.names.exchangeOf(spec.name)}shard:*`)).to.deep.equal([]);
+    console.log(`      flow steps of tiny, 4 shards on 2 workers: ${times.map((time) => time.toFixed(1)).join(', ')} ms`);
+  });
+
+  it('drop jobs of an older epoch and of runs that are over', async () => {
+    await start();
+    const spec = newSpec('fenced');
+    const { queue, events } = await world.queue('train');
+    const over = await queue.add('shard', { ...originOf(spec), step: 1, shard: 0 }, { attempts: 5 });
+    expect((await failureOf(over, events)).code).to.equal('CANCELLED');
+    await world.control(spec.name, { epoch: 2, command: 'run' });
+    const stale = await queue.add('shard', { ...originOf(spec, 1), step: 1, shard: 0 }, { attempts: 5 });
+    expect((await failureOf(stale, events)).code).to.equal('CANCELLED');
+    expect(await world.redis.keys(`${world.names.exchangeOf(spec.name)}*`)).to.deep.equal([]);
+    await outcomeOf('shard', await queue.add('shard', { ...originOf(spec, 2), step: 1, shard: 0 }), events);
+  });
+
+  it('stop at a step boundary on yield, at once on stop, and drop on a new epoch, by the channel and without it', async () => {
+    const { ids } = await start();
+    const spec = newSpec('controlled', { steps: 100_000, optimizer: { ...newSpec('x').optimizer, warmupSteps: 0 } });
+    const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
+    let done = 0;
+    for (const [command, epoch, publish] of [['yield', 0, true], ['stop', 0, true], ['yield', 0, false]] as const) {
+      await world.control(spec.name, { epoch, command: 'run' });
+      const progressed = once(events, 'progress');
+      const job = await addSteps(queue, spec, done, 50_000);
+      await progressed;
+      if (publish) await world.control(spec.name, { epoch, command });
+      else await world.redis.set(world.names.control(spec.name), JSON.stringify({ epoch, command }));
+      const result = await outcomeOf('steps', job, events);
+      expect(result.stepsDone).to.be.within(1, 10_000);
+      expect(result.reports).to.have.lengthOf(result.stepsDone);
+      done += result.stepsDone;
+    }
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const progressed = once(events, 'progress');
+    const job = await addSteps(queue, spec, done, 50_000);
+    await progressed;
+    await world.control(spec.name, { epoch: 1, command: 'run' });
+    expect((await failureOf(job, events)).code).to.equal('CANCELLED');
+    await eventually('an idle worker', async () => ((await record(ids[0]!))?.state === 'idle' ? true : undefined));
+  });
+
+  it('finish the step at hand on SIGTERM, and another worker goes on with the same bits', async () => {
+    const { supervisor, ids } = await start();
+    const spec = newSpec('drained', { steps: 100_000 });
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
+    const progressed = once(events, 'progress');
+    const job = await addSteps(queue, spec, 0, 50_000);
+    await progressed;
+    const [result] = await Promise.all([outcomeOf('steps', job, events), supervisor.stop()]);
+    expect(result.stepsDone).to.be.within(1, 10_000);
+    expect(await record(ids[0]!)).to.equal(undefined);
+    expect(exits().at(-1)).to.include({ code: 0 });
+  });
+
+  it('give a job of a shared queue back when they are busy, so that an idle one takes it', async () => {
+    const { ids } = await start({ count: 2 });
+    const spec = newSpec('long', { steps: 100_000 });
+    const other = newSpec('short');
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    await world.control(other.name, { epoch: 0, command: 'run' });
+    const own = await world.queue(workerQueue('train', ids[0]!));
+    const progressed = once(own.events, 'progress');
+    const long = await addSteps(own.queue, spec, 0, 90_000);
+    await progressed;
+    const shared = await world.queue('train');
+    for (let shard = 0; shard < 4; shard++) {
+      const result = await outcomeOf('shard', await shared.queue.add('shard', { ...originOf(other), step: 1, shard }), shared.events);
+      expect(result.worker).to.equal(ids[1]);
+    }
+    await world.control(spec.name, { epoch: 0, command: 'yield' });
+    await outcomeOf('steps', long, own.events);
+  });
+
+  it('lose nothing to SIGKILL: the job is done again, by the process that comes after', async () => {
+    const { supervisor, ids } = await start();
+    const spec = newSpec('killed', { steps: 60 });
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
+    const progressed = once(events, 'progress');
+    const job = await addSteps(queue, spec, 0, 60);
+    await progressed;
+    process.kill(supervisor.workers()[0]!.pid, 'SIGKILL');
+    const result = await outcomeOf('steps', job, events);
+    expect(result.stepsDone).to.equal(60);
+    expect(exits()).to.have.lengthOf(1);
+  });
+
+  it('fail a job that they do not know, or cannot understand, once and for all', async () => {
+    await start();
+    const { queue, events } = await world.queue('train');
+    const unknown = await queue.add('dance', {}, { attempts: 5 });
+    expect((await failureOf(unknown, events)).code).to.equal('MESSAGE_INVALID');
+    const crooked = await queue.add('shard', { run: 'x' }, { attempts: 5 });
+    const failure = await failureOf(crooked, events);
+    expect(failure.code).to.equal('MESSAGE_INVALID');
+    expect(failure.message).to.contain('epoch');
+    expect((await queue.getJob(crooked.id!))!.attemptsMade).to.equal(1);
+  });
+
+  it('carry the code of an expected failure, and retry what may be retried', async () => {
+    await start();
+    const spec = newSpec('lost');
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { queue, events } = await world.queue('train');
+    const job = await queue.add('shard', { ...originOf(spec), step: 3, shard: 0 }, { attempts: 2, backoff: { type: 'fixed', delay: 10 } });
+    const failure = await failureOf(job, events);
+    expect(failure.code).to.equal('GRADIENT_LOST');
+    expect(failure.context).to.include({ step: 1, version: 2 });
+    expect((await queue.getJob(job.id!))!.attemptsMade).to.equal(2);
+    const missing = { ...spec, data: { ...spec.data, train: join(world.directory, 'nothing.bin') } };
+    const bad = await queue.add('shard', { ...originOf(missing), step: 1, shard: 0 }, { attempts: 5 });
+    expect((await failureOf(bad, events)).code).to.equal('FILE_NOT_FOUND');
+  });
+
+  it('report a fault and exit, and come back', async () => {
+    const { ids } = await start();
+    const spec = newSpec('diverged');
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { queue, events } = await world.queue('train');
+    const shard = { ...originOf(spec), step: 1, shard: 0 };
+    const published = await outcomeOf('shard', await queue.add('shard', shard), events);
+    await world.redis.set(published.key, JSON.stringify({ ...published, digest: 'f'.repeat(32) }));
+    await world.redis.del(`${published.key}:0`);
+    const before = (await record(ids[0]!))!.incarnation;
+    const failure = await failureOf(await queue.add('shard', shard), events);
+    expect(failure.code).to.equal('REPLICA_DIVERGED');
+    const exit = await eventually('the exit', () => exits()[0]);
+    expect(exit).to.include({ code: 75 });
+    expect(exit.error!.code).to.equal('REPLICA_DIVERGED');
+    await eventually('a new incarnation', async () => {
+      const now = (await record(ids[0]!))?.incarnation;
+      return now !== undefined && now !== before ? true : undefined;
+    });
+  });
+
+  it('wait for a Redis that was away, and serve again', async () => {
+    const { ids } = await start();
+    const before = (await record(ids[0]!))!;
+    await world.stopRedis();
+    await world.startRedis();
+    await eventually('a heartbeat after the outage', () => record(ids[0]!));
+    const spec = newSpec('after-outage');
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { queue, events } = await world.queue('train');
+    await outcomeOf('shard', await queue.add('shard', { ...originOf(spec), step: 1, shard: 0 }), events);
+    expect((await record(ids[0]!))!.incarnation).to.equal(before.incarnation);
+  });
+});

@@ -7,12 +7,13 @@
  *                           runs/demo/   metrics and checkpoints: kept
  *                           home/        Redis: removed at the end
  */
+import { strict as assert } from 'node:assert';
 import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import type { Command } from 'commander';
-import { NnError, fromErrorRecord } from '../../config/errors.ts';
+import { NnError } from '../../config/errors.ts';
 import { keys } from '../../config/keys.ts';
-import type { RunEvent, RunRecord } from '../../config/messages.ts';
+import type { RunEvent } from '../../config/messages.ts';
 import { openRedis } from '../../config/redis.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
@@ -166,7 +167,7 @@ async function demo(options: DemoOptions): Promise<void> {
     const watch = assassin(supervisor, options.killWorkerAt);
     await life.until(Promise.race([followRun(life, run.events(), { label: 'training', steps: options.steps, onEvent: watch }), failure]));
     const record = await life.until(run.wait());
-    if (record.phase !== 'completed' || record.checkpoint === null) throw ending(record);
+    assert(record.checkpoint !== null, 'a completed run has a checkpoint');
     const checkpoint = resolve(record.checkpoint.directory);
     const [sample] = (await life.until(client.generate({ checkpoint, prompts: [prompt], ...SAMPLE }))).completions;
     const summary = {
@@ -183,11 +184,6 @@ async function demo(options: DemoOptions): Promise<void> {
     };
     printResult(options.json, summary, () => describe(summary, prompt, sample!.text, performance.now() - startedAt));
   });
-}
-
-function ending(record: RunRecord): Error {
-  if (record.error === null) return new NnError('RUN_FAILED', `the demo’s run ended ${record.phase} at step ${record.step}`);
-  return fromErrorRecord(record.error);
 }
 
 interface Summary {

@@ -5,7 +5,6 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Command } from 'commander';
-import { NnError, fromErrorRecord } from '../../config/errors.ts';
 import { TERMINAL_PHASES } from '../../config/messages.ts';
 import type { RunRecord } from '../../config/messages.ts';
 import { parseRunSpec, tokensPerStep } from '../../config/run-spec.ts';
@@ -36,16 +35,10 @@ async function train(path: string, options: { name?: string; follow?: boolean; j
       return;
     }
     await followRun(life, run.events(), { label: spec.name, steps: spec.steps });
-    const record = await life.until(run.wait());
+    const record = await life.until(run.ended());
     printResult(options.json, record, () => describeRun(record));
-    if (record.phase === 'failed') throw record.error === null ? new NnError('RUN_FAILED', `run ${spec.name} failed`) : failureOf(record);
-    if (record.phase === 'cancelled') throw new NnError('CANCELLED', `run ${spec.name} was cancelled at step ${record.step}`);
+    await run.wait(); // throws unless it completed
   });
-}
-
-function failureOf(record: RunRecord): Error {
-  const cause = fromErrorRecord(record.error!);
-  return new NnError('RUN_FAILED', `run ${record.run} failed at step ${record.step}: ${record.error!.code}: ${record.error!.message}`, { run: record.run }, cause);
 }
 
 const PHASE_STYLE = { queued: 'dim', running: 'cyan', pausing: 'yellow', paused: 'yellow', completed: 'green', failed: 'red', cancelled: 'dim' } as const;

@@ -17,7 +17,7 @@ import { deleteCheckpoint, findCheckpoints } from './checkpoints.ts';
 import type { ExchangeKeys } from './exchange-keys.ts';
 import { RunMetrics, claimDirectory } from './metrics.ts';
 import { gradientBytes } from './plan.ts';
-import type { Queues } from './queues.ts';
+import type { JobEvent, Queues } from './queues.ts';
 import { step } from './run-machine.ts';
 import { initialState, parseJobId, recordOf } from './run-state.ts';
 import type { Effect, JobAddress, MachineEvent, RunState } from './run-state.ts';
@@ -68,6 +68,7 @@ export class Driver {
   readonly #ended: Promise<'done' | 'handover'>;
   #end!: (outcome: 'done' | 'handover') => void;
   #over = false;
+  readonly #hearJob = (event: JobEvent): void => this.#hear(event);
 
   constructor(context: DriverContext, run: string, signal: AbortSignal) {
     this.#context = context;
@@ -119,7 +120,7 @@ export class Driver {
       return 'done';
     } finally {
       for (const stop of stops) stop();
-      queues.unlisten(this.#run);
+      queues.unlisten(this.#run, this.#hearJob);
       await this.#leave();
     }
   }
@@ -153,7 +154,7 @@ export class Driver {
       { record, control, counted, checkpoints, logThrough },
     );
     this.#logger.info({ phase: record.phase, step: this.#state.step, epoch: this.#state.epoch }, record.phase === 'queued' ? 'run begins' : 'run is taken up');
-    queues.listen(this.#run, (event) => this.#hear(event));
+    queues.listen(this.#run, this.#hearJob);
     await watch.look();
     this.#hear({ type: 'workers', workers: watch.views });
     for (const { directory, error } of found.bad) this.#hear({ type: 'fault', what: `checkpoint ${directory}`, error });
@@ -249,7 +250,11 @@ export class Driver {
     const record = toErrorRecord(error);
     if (!isTransient(error)) {
       this.#logger.error(record, `effect ${effect.type} failed`);
-      if (effect.type === 'finish') throw error;
+      if (effect.type === 'finish') {
+        // Its job ends here; the janitor finds the record unfinished and has the end tried again.
+        this.#end('done');
+        return false;
+      }
       this.#hear({ type: 'fatal', error: record });
       return false;
     }

@@ -53,7 +53,9 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
     exchange: new ExchangeKeys(exchangeRedis, config),
     onWish: (run, heard) => {
       wishes.set(run, heard);
-      return () => wishes.delete(run);
+      return () => {
+        if (wishes.get(run) === heard) wishes.delete(run);
+      };
     },
     othersActive: (run) => [...active].some((other) => other !== run),
   };

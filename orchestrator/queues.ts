@@ -170,8 +170,8 @@ export class Queues {
     this.#listeners.set(run, listener);
   }
 
-  unlisten(run: string): void {
-    this.#listeners.delete(run);
+  unlisten(run: string, listener: (event: JobEvent) => void): void {
+    if (this.#listeners.get(run) === listener) this.#listeners.delete(run);
   }
 
   async lookup(address: JobAddress): Promise<JobStatus> {

@@ -91,13 +91,26 @@ export class TensorBoardWriter {
   readonly #directory: string;
   readonly #atMs: number;
   #descriptor: number | null = null;
+  #failed = false;
 
   constructor(directory: string, atMs: number) {
     this.#directory = directory;
     this.#atMs = atMs;
   }
 
+  /** Charts can be drawn again from metrics.jsonl, so a disk that is full costs them points and nothing else. */
   append(line: MetricsLine): void {
+    if (this.#failed) return;
+    try {
+      this.#append(line);
+    } catch (error) {
+      this.#failed = true;
+      const { code } = error as NodeJS.ErrnoException;
+      if (code !== 'ENOSPC' && code !== 'EDQUOT') throw error;
+    }
+  }
+
+  #append(line: MetricsLine): void {
     if (this.#descriptor === null) {
       const name = `events.out.tfevents.${Math.floor(this.#atMs / 1000)}.${hostname()}.${process.pid}.${this.#atMs % 1000}`;
       this.#descriptor = openSync(join(this.#directory, name), 'a');

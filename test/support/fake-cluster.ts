@@ -1,0 +1,115 @@
+/**
+ * An orchestrator on a real Redis with fake workers, in a directory of its own: what the tests of the driver, the client and
+ * the server stand on. Times are short, so that a death is noticed within a second.
+ */
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { pino } from 'pino';
+import { openRedis } from '../../config/redis.ts';
+import { parseRunSpec } from '../../config/run-spec.ts';
+import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
+import { loadConfig } from '../../config/schema.ts';
+import type { Config } from '../../config/schema.ts';
+import { TokenFileWriter } from '../../data/token-file.ts';
+import { Client } from '../../orchestrator/client.ts';
+import { startOrchestrator } from '../../orchestrator/main.ts';
+import type { Orchestrator } from '../../orchestrator/main.ts';
+import { startFakeWorker } from './fake-worker.ts';
+import type { FakeWorker, FakeWorkerOptions } from './fake-worker.ts';
+import { startTestRedis } from './redis.ts';
+import type { TestRedis } from './redis.ts';
+
+export class FakeCluster {
+  readonly directory = mkdtempSync(join(tmpdir(), 'nn-fake-'));
+  redis!: TestRedis;
+  config!: Config;
+  client!: Client;
+  readonly workers: FakeWorker[] = [];
+  readonly orchestrators: Orchestrator[] = [];
+
+  static async start(settings: Record<string, object> = {}): Promise<FakeCluster> {
+    const cluster = new FakeCluster();
+    cluster.redis = await startTestRedis();
+    cluster.config = loadConfig({
+      home: join(cluster.directory, 'home'),
+      runs: join(cluster.directory, 'runs'),
+      redis: { url: cluster.redis.url, exchangeUrl: cluster.redis.exchangeUrl },
+      queue: { lockDurationMs: 1_500, stalledIntervalMs: 500, backoffMs: 20 },
+      worker: { heartbeatMs: 100, deadAfterMs: 600 },
+      orchestrator: { watchMs: 50, lookupMs: 500, requestTimeoutMs: 2_000, ...settings['orchestrator'] },
+      server: { port: 0 },
+    });
+    for (const [name, count] of [['train', 4_000], ['validation', 2_000]] as const) writeTokens(cluster.tokens(name), count);
+    cluster.client = new Client({ config: cluster.config });
+    return cluster;
+  }
+
+  tokens(name: string): string {
+    return join(this.directory, `${name}.tokens`);
+  }
+
+  /** A very small model over 4 shards; `changes` replace whole keys. */
+  spec(name: string, changes: Partial<RunSpecInput> = {}): RunSpecInput {
+    return {
+      name,
+      model: { vocabSize: 16, hiddenSize: 8, layers: 1, queryHeads: 2, experts: 2, expertsPerToken: 1, ffnSize: 8 },
+      data: { train: this.tokens('train'), validation: this.tokens('validation') },
+      steps: 20,
+      batch: { shards: 4, microBatches: 1, sequences: 1, sequenceLength: 8 },
+      evaluation: { every: 8, sequences: 4 },
+      checkpoint: { every: 10 },
+      ...changes,
+    };
+  }
+
+  checked(name: string, changes: Partial<RunSpecInput> = {}): RunSpec {
+    return parseRunSpec(this.spec(name, changes));
+  }
+
+  async orchestrate(): Promise<Orchestrator> {
+    const orchestrator = await startOrchestrator({ config: this.config, logger: pino({ level: process.env['NN_TEST_LOG'] ?? 'silent' }, process.stderr) });
+    this.orchestrators.push(orchestrator);
+    return orchestrator;
+  }
+
+  async work(id: string, options: Partial<FakeWorkerOptions> = {}): Promise<FakeWorker> {
+    const worker = await startFakeWorker({ config: this.config, id, ...options });
+    this.workers.push(worker);
+    return worker;
+  }
+
+  /** Every key in the Redis of the queues and in that of the exchange. */
+  async keys(): Promise<string[]> {
+    const lists = [this.redis.url, this.redis.exchangeUrl].map(async (url) => {
+      const redis = openRedis(url, this.config, 'command');
+      const found = await redis.keys('*');
+      redis.disconnect();
+      return found;
+    });
+    return (await Promise.all(lists)).flat().sort();
+  }
+
+  async stop(): Promise<void> {
+    await this.client.close();
+    await Promise.all(this.orchestrators.map((orchestrator) => orchestrator.stop()));
+    await Promise.all(this.workers.map((worker) => worker.crash()));
+    await this.redis.stop();
+    rmSync(this.directory, { recursive: true, force: true });
+  }
+}
+
+function writeTokens(path: string, count: number): void {
+  const writer = new TokenFileWriter(path, { vocabSize: 16, tokenizerDigest: null });
+  writer.append(Int32Array.from({ length: count }, (_, index) => 4 + ((index * 7) % 12)));
+  writer.finish();
+}
+
+/** Resolves when `holds` does; throws when it does not within the deadline. */
+export async function until(what: string, holds: () => Promise<boolean> | boolean, deadlineMs = 10_000): Promise<void> {
+  const end = performance.now() + deadlineMs;
+  while (!(await holds())) {
+    if (performance.now() > end) throw new Error(`${what}: not within ${deadlineMs} ms`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}

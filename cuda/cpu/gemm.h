@@ -46,6 +46,8 @@ struct nn_product {
    * block (NN_COLUMN_BLOCK columns, half as many gates) for some rows. finish_rows, if any, ends the task. */
   void (*finish)(const nn_product *product, const nn_tile *tile);
   void (*finish_rows)(const nn_product *product, int64_t row, int64_t rows, int64_t column_block, const float *row_state);
+  /* The addresses, at most `most`, that `finish` will touch for this tile; NULL: C's. */
+  int64_t (*fetch)(const nn_product *product, int64_t row, int64_t rows, int64_t panel, const void **lines, int64_t most);
   const void *argument;
 };
 

@@ -10,6 +10,9 @@
  *   packed A, panel i:  [k][MR]   row panel  i*MR ..      packed B, panel j:  [k][NR]   column panel j*NR ..
  *
  * Between k blocks the sums rest in the scratch and go on from there, so that the block size leaves no mark on the bits.
+ *
+ * Memory beyond the second cache is hidden by hand: strides and gathers defeat the hardware's prefetching, so each micro tile
+ * fetches, one line at each step of k, what its own epilogue will touch and a share of what the thread will pack next.
  */
 #include "gemm.h"
 #include "simd.h"
@@ -26,9 +29,8 @@
 #endif
 #define NR (2 * NN_VL)
 /* Steps of k for each turn of the micro kernel's loop: its counting takes ports away from the multiply-adds. */
-#ifndef UNROLL
 #define UNROLL 2
-#endif
+#define FLOATS_PER_LINE 16
 #define MAX_PANELS (NN_COLUMN_BLOCK / NR)
 #define MAX_ROW_PANELS (ROW_BLOCK / MR)
 /* A product not deeper than this is done in one k block; a deeper one in equal blocks of at most K_BLOCK_DEEP. */
@@ -39,7 +41,17 @@
 #define A_PANEL(depth) ((depth)*MR + 16)
 #define B_PANEL(depth) ((depth)*NR + 16)
 
+/* Lines of memory that are wanted soon: `rows` rows in memory of an operand, `columns` floats of each. */
+typedef struct region {
+  const nn_operand *operand;
+  int64_t row, end_row, column, end_column; /* in memory */
+  int64_t next_column;
+} region;
+
 typedef struct scratch {
+  const void *fetch[K_BLOCK];
+  region wanted[2];
+  int64_t wanted_each; /* lines of `wanted` for each micro tile */
   int64_t packed_product, packed_block; /* what `b` holds, when that is a whole product's depth */
   _Alignas(64) float tile[MR * NR];
   _Alignas(64) float row_state[ROW_BLOCK * NN_VL];
@@ -64,9 +76,11 @@ NN_INLINE void micro_step(const int rows, const int vectors, nn_vec sum[MR][2], 
   }
 }
 
-/* rows (1 .. MR) x vectors (1 .. 2) sums over `depth`, both constants at each call, so that the sums live in registers. */
+/* rows (1 .. MR) x vectors (1 .. 2) sums over `depth`, both constants at each call, so that the sums live in registers. On its
+ * way it prefetches `fetches` (at most depth) lines. */
 NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const float *restrict a, const float *restrict b,
-                     const float *initial, int64_t initial_stride, float *out, int64_t out_stride, int add) {
+                     const void *const *fetch, int64_t fetches, const float *initial, int64_t initial_stride, float *out,
+                     int64_t out_stride, int add) {
   nn_vec sum[MR][2];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++)
@@ -74,8 +88,12 @@ NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const flo
     for (int v = 0; v < vectors; v++)
       sum[i][v] = initial != NULL ? nn_load(initial + i * initial_stride + v * NN_VL) : (nn_vec){0};
   int64_t p = 0;
+  for (; p < fetches; p++, a += MR, b += NR) {
+    __builtin_prefetch(fetch[p]);
+    micro_step(rows, vectors, sum, a, b);
+  }
   for (; p + UNROLL <= depth; p += UNROLL) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int q = 0; q < UNROLL; q++) micro_step(rows, vectors, sum, a + q * MR, b + q * NR);
     a += UNROLL * MR;
     b += UNROLL * NR;
@@ -90,13 +108,14 @@ NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const flo
     }
 }
 
-typedef void micro_kernel(int64_t depth, const float *a, const float *b, const float *initial, int64_t initial_stride,
-                          float *out, int64_t out_stride, int add);
+typedef void micro_kernel(int64_t depth, const float *a, const float *b, const void *const *fetch, int64_t fetches,
+                          const float *initial, int64_t initial_stride, float *out, int64_t out_stride, int add);
 
 #define MICRO(rows, vectors)                                                                                            \
-  static void micro_##rows##_##vectors(int64_t depth, const float *a, const float *b, const float *initial,             \
-                                       int64_t initial_stride, float *out, int64_t out_stride, int add) {               \
-    micro(rows, vectors, depth, a, b, initial, initial_stride, out, out_stride, add);                                   \
+  static void micro_##rows##_##vectors(int64_t depth, const float *a, const float *b, const void *const *fetch,         \
+                                       int64_t fetches, const float *initial, int64_t initial_stride, float *out,       \
+                                       int64_t out_stride, int add) {                                                   \
+    micro(rows, vectors, depth, a, b, fetch, fetches, initial, initial_stride, out, out_stride, add);                   \
   }
 #define MICROS(rows) MICRO(rows, 1) MICRO(rows, 2)
 MICROS(1) MICROS(2) MICROS(3) MICROS(4)
@@ -257,85 +276,157 @@ static void pack_b(float *packed, const nn_product *product, int64_t panel, int6
   }
 }
 
+/* ---- fetching ahead -------------------------------------------------------------------------------------------------- */
+
+/* The region that packing `first` .. first+count-1 (rows of A or columns of B) over k from .. from+depth-1 will read. */
+static region region_of(const nn_operand *x, int is_b, int64_t first, int64_t count, int64_t from, int64_t depth) {
+  int across = is_b ? !x->transposed : x->transposed; /* rows in memory go along k */
+  region r = {.operand = x};
+  r.row = across ? from : first;
+  r.end_row = r.row + (across ? depth : count);
+  r.column = r.next_column = across ? first : from;
+  r.end_column = r.column + (across ? count : depth);
+  return r;
+}
+
+static int64_t lines_of(const region *r) {
+  return (r->end_row - r->row) * nn_ceil_div(r->end_column - r->column, FLOATS_PER_LINE);
+}
+
+/* Takes up to `most` lines off the region. */
+static int64_t take_lines(region *r, const void **lines, int64_t most) {
+  int64_t taken = 0;
+  while (taken < most && r->row < r->end_row) {
+    const float *row = row_of(r->operand, r->row);
+    for (; taken < most && r->next_column < r->end_column; r->next_column += FLOATS_PER_LINE)
+      lines[taken++] = row + r->next_column;
+    if (r->next_column >= r->end_column) {
+      r->row++;
+      r->next_column = r->column;
+    }
+  }
+  return taken;
+}
+
+static int64_t take_wanted(scratch *s, int64_t taken, int64_t depth) {
+  int64_t most = nn_min64(depth, taken + s->wanted_each);
+  for (int i = 0; i < 2; i++) taken += take_lines(&s->wanted[i], s->fetch + taken, most - taken);
+  return taken;
+}
+
 /* ---- a task --------------------------------------------------------------------------------------------------------- */
 
+/* Rows row .. row+rows-1 (at most ROW_BLOCK) of column block `block`, which is panels panel .. panel+panels-1. */
+typedef struct task {
+  nn_product product;
+  int64_t index; /* the product's in its list: to know its packed B again */
+  int64_t row, rows, block, panel, panels;
+} task;
+
+static int64_t depth_of_block(const nn_product *product) {
+  return product->k <= K_BLOCK ? product->k : nn_ceil_div(product->k, nn_ceil_div(product->k, K_BLOCK_DEEP));
+}
+
+/* Asks for what the next packing will read: at `from` of this task, or at the beginning of another. */
+static void want(scratch *s, const task *t, int64_t from, int same_b, int64_t micro_tiles) {
+  int64_t depth = nn_min64(depth_of_block(&t->product), t->product.k - from);
+  s->wanted[0] = region_of(&t->product.a, 0, t->row, t->rows, from, depth);
+  s->wanted[1] = s->wanted[0];
+  s->wanted[1].row = s->wanted[1].end_row;
+  int64_t columns = nn_min64(t->panels * NR, t->product.n - t->panel * NR);
+  if (!same_b && t->product.b.interleave == 0) s->wanted[1] = region_of(&t->product.b, 1, t->panel * NR, columns, from, depth);
+  s->wanted_each = nn_ceil_div(lines_of(&s->wanted[0]) + lines_of(&s->wanted[1]), micro_tiles);
+}
+
 /* One micro tile of the last k block: to C, or through the thread's tile to where it belongs. */
-static void finish_tile(const nn_product *product, scratch *s, const float *a, const float *b, int64_t depth,
-                        const float *initial, int64_t initial_stride, int64_t row, int64_t rows, int64_t first_row,
-                        int64_t panel) {
+static void finish_tile(const task *t, scratch *s, const float *a, const float *b, int64_t depth, const float *initial,
+                        int64_t initial_stride, int64_t row, int64_t rows, int64_t panel) {
+  const nn_product *product = &t->product;
   int64_t columns = product->b.interleave > 0 ? NR : nn_min64(NR, product->n - panel * NR);
   int vectors = columns > NN_VL ? 2 : 1;
   micro_kernel *kernel = micro_kernels[rows - 1][vectors - 1];
+  float *c = product->c + row * product->c_stride + panel * NR;
+  int64_t fetches = 0;
+  if (product->fetch != NULL)
+    fetches = product->fetch(product, row, rows, panel, s->fetch, depth);
+  else
+    for (int64_t i = 0; i < rows && fetches + 2 <= depth; i++) {
+      s->fetch[fetches++] = c + i * product->c_stride;
+      s->fetch[fetches++] = c + i * product->c_stride + columns - 1;
+    }
+  fetches = take_wanted(s, fetches, depth);
   if (product->finish == NULL && columns == vectors * NN_VL && product->alpha == 1.0f &&
       (product->beta == 0.0f || product->beta == 1.0f)) {
-    float *c = product->c + row * product->c_stride + panel * NR;
-    kernel(depth, a, b, initial, initial_stride, c, product->c_stride, product->beta != 0.0f);
+    kernel(depth, a, b, s->fetch, fetches, initial, initial_stride, c, product->c_stride, product->beta != 0.0f);
     return;
   }
-  kernel(depth, a, b, initial, initial_stride, s->tile, NR, 0);
+  kernel(depth, a, b, s->fetch, fetches, initial, initial_stride, s->tile, NR, 0);
   if (product->finish != NULL) {
-    nn_tile tile = {s->tile, NR, row, rows, panel, s->row_state + (row - first_row) * NN_VL};
+    nn_tile tile = {s->tile, NR, row, rows, panel, s->row_state + (row - t->row) * NN_VL};
     product->finish(product, &tile);
     return;
   }
-  for (int64_t i = 0; i < rows; i++)
+  for (int64_t i = 0; i < rows; i++, c += product->c_stride)
     for (int64_t j = 0; j < columns; j += NN_VL) {
-      float *c = product->c + (row + i) * product->c_stride + panel * NR + j;
       int64_t count = nn_min64(NN_VL, columns - j);
       nn_vec value = product->alpha * nn_load(s->tile + i * NR + j);
-      if (product->beta != 0.0f) value = value + product->beta * nn_load_tail(c, count);
-      nn_store_tail(c, value, count);
+      if (product->beta != 0.0f) value = value + product->beta * nn_load_tail(c + j, count);
+      nn_store_tail(c + j, value, count);
     }
 }
 
-/* Copies a micro tile's part of product->initial to `tile`, where whole vectors of it cannot be read in place. */
-static void load_initial(float *tile, const nn_product *product, int64_t row, int64_t rows, int64_t panel) {
+/* Where the first sums of a micro tile start from: in product->initial itself, or, where whole vectors of that cannot be read
+ * in place, in a copy at `tile`. */
+static const float *initial_sums(const nn_product *product, float *tile, int64_t row, int64_t rows, int64_t panel,
+                                 int64_t *stride) {
+  const float *from = product->initial + row * product->initial_stride + panel * NR;
   int64_t columns = nn_min64(NR, product->n - panel * NR);
+  *stride = product->initial_stride;
+  if (columns == NR) return from;
+  *stride = NR;
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < columns; j += NN_VL)
-      nn_store(tile + i * NR + j, nn_load_tail(product->initial + (row + i) * product->initial_stride + panel * NR + j,
-                                               nn_min64(NN_VL, columns - j)));
+      nn_store(tile + i * NR + j, nn_load_tail(from + i * product->initial_stride + j, nn_min64(NN_VL, columns - j)));
+  return tile;
 }
 
-/* Rows row .. row+rows-1 (at most ROW_BLOCK) of the panels of column block `block`. `index` is the product's, to know B again. */
-static void run_task(const nn_product *product, int64_t index, scratch *s, int64_t row, int64_t rows, int64_t block,
-                     int64_t panel, int64_t panels) {
-  int64_t blocks = product->k <= K_BLOCK ? 1 : nn_ceil_div(product->k, K_BLOCK_DEEP);
-  int64_t depth_of_block = nn_ceil_div(product->k, blocks);
-  if (product->finish_rows != NULL) memset(s->row_state, 0, (size_t)rows * NN_VL * sizeof(float));
-  for (int64_t step = 0; step < blocks; step++) {
-    int64_t from = step * depth_of_block, depth = nn_min64(depth_of_block, product->k - from);
-    if (blocks > 1 || s->packed_product != index || s->packed_block != block) {
-      pack_b(s->b, product, panel, panels, from, depth);
-      s->packed_product = blocks > 1 ? -1 : index;
-      s->packed_block = block;
+/* Does a task; `next` is what this thread does after it, if that is known. */
+static void run_task(const task *t, const task *next, scratch *s) {
+  const nn_product *product = &t->product;
+  int64_t block_depth = depth_of_block(product), micro_tiles = nn_ceil_div(t->rows, MR) * t->panels;
+  if (product->finish_rows != NULL) memset(s->row_state, 0, (size_t)t->rows * NN_VL * sizeof(float));
+  int64_t from = 0;
+  do { /* at least once: a product of depth 0 is all zeros */
+    int64_t depth = nn_min64(block_depth, product->k - from);
+    int last = from + depth >= product->k;
+    if (block_depth < product->k || s->packed_product != t->index || s->packed_block != t->block) {
+      pack_b(s->b, product, t->panel, t->panels, from, depth);
+      s->packed_product = block_depth < product->k ? -1 : t->index;
+      s->packed_block = t->block;
     }
-    pack_a(s->a, &product->a, row, rows, from, depth);
-    for (int64_t i = 0; i < rows; i += MR) {
+    pack_a(s->a, &product->a, t->row, t->rows, from, depth);
+    if (!last) want(s, t, from + depth, 0, micro_tiles);
+    else if (next != NULL) want(s, next, 0, next->index == s->packed_product && next->block == t->block, micro_tiles);
+    else s->wanted_each = 0;
+    for (int64_t i = 0; i < t->rows; i += MR) {
       const float *a = s->a + i / MR * A_PANEL(depth);
-      int64_t tile_rows = nn_min64(MR, rows - i);
-      for (int64_t j = 0; j < panels; j++) {
+      int64_t rows = nn_min64(MR, t->rows - i);
+      for (int64_t j = 0; j < t->panels; j++) {
         const float *b = s->b + j * B_PANEL(depth);
         float *partial = s->partial + (i / MR * MAX_PANELS + j) * MR * NR;
-        const float *initial = step > 0 ? partial : NULL;
+        const float *initial = from > 0 ? partial : NULL;
         int64_t initial_stride = NR;
-        if (step == 0 && product->initial != NULL) {
-          initial = product->initial + (row + i) * product->initial_stride + (panel + j) * NR;
-          initial_stride = product->initial_stride;
-          if ((panel + j + 1) * NR > product->n) {
-            load_initial(partial, product, row + i, tile_rows, panel + j);
-            initial = partial;
-            initial_stride = NR;
-          }
-        }
-        if (step + 1 < blocks)
-          micro_kernels[tile_rows - 1][1](depth, a, b, initial, initial_stride, partial, NR, 0);
+        if (from == 0 && product->initial != NULL)
+          initial = initial_sums(product, partial, t->row + i, rows, t->panel + j, &initial_stride);
+        if (last)
+          finish_tile(t, s, a, b, depth, initial, initial_stride, t->row + i, rows, t->panel + j);
         else
-          finish_tile(product, s, a, b, depth, initial, initial_stride, row + i, tile_rows, row, panel + j);
+          micro_kernels[rows - 1][1](depth, a, b, s->fetch, take_wanted(s, 0, depth), initial, initial_stride, partial, NR, 0);
       }
     }
-  }
-  if (product->finish_rows != NULL) product->finish_rows(product, row, rows, block, s->row_state);
+    from += depth;
+  } while (from < product->k);
+  if (product->finish_rows != NULL) product->finish_rows(product, t->row, t->rows, t->block, s->row_state);
 }
 
 /* ---- the schedule --------------------------------------------------------------------------------------------------- */
@@ -401,9 +492,35 @@ static cut choose_cut(const nn_product_list *list, int threads, int64_t *first, 
   }
 }
 
+/* Task number `number` of the list, of `total`. `t` holds another task of it or, with index -1, nothing. */
+static void find_task(task *t, const nn_product_list *list, cut by, const int64_t *first, int64_t total, int64_t number) {
+  int64_t index, begin;
+  if (list->uniform) {
+    index = number / (total / list->count);
+    begin = index * (total / list->count);
+  } else {
+    int64_t low = 0, high = list->count; /* the last product whose first task is not after this one */
+    while (high - low > 1) {
+      int64_t middle = (low + high) / 2;
+      if (first[middle] <= number) low = middle;
+      else high = middle;
+    }
+    index = low;
+    begin = first[low];
+  }
+  if (t->index != index) describe(list, index, &t->product);
+  int64_t block_rows = rows_of_block(&t->product, by), row_blocks = nn_ceil_div(t->product.m, block_rows);
+  t->index = index;
+  t->row = (number - begin) % row_blocks * block_rows;
+  t->rows = nn_min64(block_rows, t->product.m - t->row);
+  t->block = (number - begin) / row_blocks;
+  t->panel = t->block * by.panel_block;
+  t->panels = nn_min64(by.panel_block, panel_count(&t->product) - t->panel);
+}
+
 void NN_SIMD(nn_run_products)(nn_context *context, const nn_product_list *list) {
   if (list->count <= 0) return;
-  int64_t first[NN_MAX_PRODUCTS + 1], total, next = 0;
+  int64_t first[NN_MAX_PRODUCTS + 1], total, taken = 0;
   cut by = choose_cut(list, context->threads, first, &total);
   if (total == 0) return;
   int threads = (int)nn_min64(context->threads, total);
@@ -411,43 +528,21 @@ void NN_SIMD(nn_run_products)(nn_context *context, const nn_product_list *list) 
   {
     scratch *s = nn_thread_scratch(context);
     s->packed_product = -1;
-    nn_product product;
-    int64_t index = -1, begin = 0, end = 0;
+    task tasks[2] = {{.index = -1}, {.index = -1}};
+    int now = 0;
     for (;;) {
       /* A share of what is left, so that neighbouring tasks, which have their packed B in common, stay together. */
-      int64_t taken, share;
+      int64_t number, end;
 #pragma omp critical(nn_take_tasks)
       {
-        share = nn_max64(1, (total - next) / (2 * threads));
-        taken = next;
-        next += share;
+        number = taken;
+        end = taken += nn_min64(total - taken, nn_max64(1, (total - taken) / (2 * threads)));
       }
-      if (taken >= total) break;
-      for (int64_t task = taken; task < taken + share; task++) {
-        if (task >= end || task < begin) {
-          if (list->uniform) {
-            int64_t each = total / list->count;
-            index = task / each;
-            begin = index * each;
-            end = begin + each;
-          } else {
-            int64_t low = 0, high = list->count; /* the last product whose first task is not after this one */
-            while (high - low > 1) {
-              int64_t middle = (low + high) / 2;
-              if (first[middle] <= task) low = middle;
-              else high = middle;
-            }
-            index = low;
-            begin = first[low];
-            end = first[low + 1];
-          }
-          describe(list, index, &product);
-        }
-        int64_t block_rows = rows_of_block(&product, by), row_blocks = nn_ceil_div(product.m, block_rows);
-        int64_t row = (task - begin) % row_blocks * block_rows, block = (task - begin) / row_blocks;
-        int64_t panel = block * by.panel_block;
-        run_task(&product, index, s, row, nn_min64(block_rows, product.m - row), block, panel,
-                 nn_min64(by.panel_block, panel_count(&product) - panel));
+      if (number == end) break;
+      find_task(&tasks[now], list, by, first, total, number);
+      for (; number < end; number++, now = !now) {
+        if (number + 1 < end) find_task(&tasks[!now], list, by, first, total, number + 1);
+        run_task(&tasks[now], number + 1 < end ? &tasks[!now] : NULL, s);
       }
     }
   }

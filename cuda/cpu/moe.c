@@ -38,6 +38,7 @@ typedef struct grouped {
     nn_swiglu_output *swiglu;     /* for each expert */
     nn_down_backward *backward;   /* for each expert */
   } epilogue;
+  int64_t (*fetch)(const nn_product *product, int64_t row, int64_t rows, int64_t panel, const void **lines, int64_t most);
   void (*finish)(const nn_product *product, const nn_tile *tile);
   void (*finish_rows)(const nn_product *product, int64_t row, int64_t rows, int64_t column_block, const float *row_state);
 } grouped;
@@ -65,6 +66,7 @@ static void describe_up_forward(const void *argument, int64_t e, nn_product *pro
   product->m = slots_of(g, e);
   product->n = 2 * g->F;
   product->k = g->H;
+  product->fetch = g->fetch;
   product->finish = g->finish;
   product->argument = &g->epilogue.swiglu[e];
 }
@@ -79,7 +81,8 @@ nn_status nn_moe_up_forward(nn_context *context, void *h, void *gate_up, const v
     outputs[e] = (nn_swiglu_output){(float *)h + (int64_t)offsets[e] * F, rows, F};
   }
   grouped g = {.rows = x, .other = gate_up_weight, .slot_token = slot_token, .offsets = offsets, .H = H, .F = F,
-               .epilogue.swiglu = outputs, .finish = NN_DISPATCH(context, nn_finish_swiglu)};
+               .epilogue.swiglu = outputs, .fetch = NN_DISPATCH(context, nn_fetch_swiglu),
+               .finish = NN_DISPATCH(context, nn_finish_swiglu)};
   run_grouped(context, &g, E, describe_up_forward);
   return NN_OK;
 }
@@ -124,6 +127,7 @@ static void describe_down_backward(const void *argument, int64_t e, nn_product *
   product->m = slots_of(g, e);
   product->n = g->F;
   product->k = g->H;
+  product->fetch = g->fetch;
   product->finish = g->finish;
   product->finish_rows = g->finish_rows;
   product->argument = &g->epilogue.backward[e];
@@ -147,7 +151,8 @@ nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weight
         .h = h != NULL ? (const float *)h + first * F : NULL, .slot_weight = slot_weight + first, .F = F};
   }
   grouped g = {.rows = dout, .other = down_weight, .slot_token = slot_token, .offsets = offsets, .H = H, .F = F,
-               .epilogue.backward = rows, .finish = NN_DISPATCH(context, nn_finish_down_backward),
+               .epilogue.backward = rows, .fetch = NN_DISPATCH(context, nn_fetch_down_backward),
+               .finish = NN_DISPATCH(context, nn_finish_down_backward),
                .finish_rows = NN_DISPATCH(context, nn_finish_down_backward_rows)};
   run_grouped(context, &g, E, describe_down_backward);
   for (int64_t i = 0; i < N; i++) {

@@ -23,7 +23,11 @@ typedef struct nn_down_backward {
   int64_t F;
 } nn_down_backward;
 
-/* nn_product.finish and finish_rows of the two. */
+/* nn_product.fetch, finish and finish_rows of the two. */
+NN_DECLARE_SIMD(int64_t, nn_fetch_swiglu,
+                (const nn_product *product, int64_t row, int64_t rows, int64_t panel, const void **lines, int64_t most));
+NN_DECLARE_SIMD(int64_t, nn_fetch_down_backward,
+                (const nn_product *product, int64_t row, int64_t rows, int64_t panel, const void **lines, int64_t most));
 NN_DECLARE_SIMD(void, nn_finish_swiglu, (const nn_product *product, const nn_tile *tile));
 NN_DECLARE_SIMD(void, nn_finish_down_backward, (const nn_product *product, const nn_tile *tile));
 NN_DECLARE_SIMD(void, nn_finish_down_backward_rows,

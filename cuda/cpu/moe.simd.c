@@ -7,6 +7,19 @@
 /* One function, so that h has the same bits wherever it is computed. */
 NN_INLINE nn_vec swiglu(nn_vec gate, nn_vec up) { return gate * nn_sigmoid(gate) * up; }
 
+int64_t NN_SIMD(nn_fetch_swiglu)(const nn_product *product, int64_t row, int64_t rows, int64_t panel, const void **lines,
+                                 int64_t most) {
+  const nn_swiglu_output *to = product->argument;
+  int64_t F = to->F, column = panel * NN_VL, count = 0;
+  for (int64_t i = row; i < row + rows && count + 3 <= most; i++) {
+    lines[count++] = to->h + i * F + column;
+    if (to->gate_up == NULL) continue;
+    lines[count++] = to->gate_up + i * 2 * F + column;
+    lines[count++] = to->gate_up + i * 2 * F + F + column;
+  }
+  return count;
+}
+
 void NN_SIMD(nn_finish_swiglu)(const nn_product *product, const nn_tile *tile) {
   const nn_swiglu_output *to = product->argument;
   int64_t column = tile->panel * NN_VL, count = nn_min64(NN_VL, to->F - column);
@@ -18,6 +31,23 @@ void NN_SIMD(nn_finish_swiglu)(const nn_product *product, const nn_tile *tile) {
     nn_store_tail(to->gate_up + row * 2 * to->F + column, gate, count);
     nn_store_tail(to->gate_up + row * 2 * to->F + to->F + column, up, count);
   }
+}
+
+int64_t NN_SIMD(nn_fetch_down_backward)(const nn_product *product, int64_t row, int64_t rows, int64_t panel,
+                                        const void **lines, int64_t most) {
+  const nn_down_backward *x = product->argument;
+  int64_t F = x->F, count = 0;
+  for (int64_t i = row; i < row + rows && count + 12 <= most; i++)
+    for (int64_t column = 2 * panel * NN_VL; column < nn_min64(F, (2 * panel + 2) * NN_VL); column += NN_VL) {
+      lines[count++] = x->gate_up + i * 2 * F + column;
+      lines[count++] = x->gate_up + i * 2 * F + F + column;
+      if (x->h != NULL) lines[count++] = x->h + i * F + column;
+      if (x->weighted_h != x->h) lines[count++] = x->weighted_h + i * F + column;
+      if (x->dgate_up == x->gate_up) continue;
+      lines[count++] = x->dgate_up + i * 2 * F + column;
+      lines[count++] = x->dgate_up + i * 2 * F + F + column;
+    }
+  return count;
 }
 
 void NN_SIMD(nn_finish_down_backward)(const nn_product *product, const nn_tile *tile) {

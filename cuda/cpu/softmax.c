@@ -27,18 +27,16 @@ nn_status nn_softmax_backward(nn_context *context, void *dx, const void *dy, con
   return NN_OK;
 }
 
-/* Whether expert i comes before expert j > i, or (strictly) any i before any j: NaN logits first, then the more probable. */
-static int comes_before(const float *logits, const float *probability, int64_t i, int64_t j) {
-  int i_nan = isnan(logits[i]), j_nan = isnan(logits[j]);
-  return i_nan != j_nan ? i_nan : probability[i] > probability[j];
-}
+/* Whether logit a comes before logit b: NaN first, then the larger. The probabilities are in the same order but for those that
+ * rounding or underflow made equal; logits have one order on every device. */
+static int comes_before(float a, float b) { return isnan(a) || isnan(b) ? isnan(a) && !isnan(b) : a > b; }
 
-/* The K first experts in the order of comes_before, ties to the lower index: K rounds of insertion, each expert once. */
-static void choose(int32_t *index, const float *logits, const float *probability, int64_t E, int64_t K) {
+/* The K first experts in the order of comes_before, ties to the lower index: K places, each expert inserted once. */
+static void choose(int32_t *index, const float *logits, int64_t E, int64_t K) {
   int64_t chosen = 0;
   for (int64_t i = 0; i < E; i++) {
     int64_t place = chosen;
-    while (place > 0 && comes_before(logits, probability, i, index[place - 1])) place--;
+    while (place > 0 && comes_before(logits[i], logits[index[place - 1]])) place--;
     if (place >= K) continue;
     if (chosen < K) chosen++;
     for (int64_t k = chosen - 1; k > place; k--) index[k] = index[k - 1];
@@ -53,7 +51,7 @@ nn_status nn_softmax_topk_forward(nn_context *context, float *probability, float
   for (int64_t t = 0; t < T; t++) {
     float *p = probability + t * E, *w = weight + t * K;
     NN_DISPATCH(context, nn_softmax_row)(p, logits + t * E, E);
-    choose(index + t * K, logits + t * E, p, E, K);
+    choose(index + t * K, logits + t * E, E, K);
     float sum = 0.0f;
     for (int64_t k = 0; k < K; k++) sum += p[index[t * K + k]];
     for (int64_t k = 0; k < K; k++) w[k] = p[index[t * K + k]] / sum;

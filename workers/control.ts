@@ -2,6 +2,7 @@
  * What the orchestrator wants of the job at hand: reads the control key of its run when the control channel names it, and every
  * controlPollMs in case the message was lost. A Redis that is away changes nothing. Called by worker.ts; sends nothing itself.
  */
+import { NnError } from '../config/errors.ts';
 import { keys } from '../config/keys.ts';
 import type { Control } from '../config/keys.ts';
 import { openRedis } from '../config/redis.ts';
@@ -44,9 +45,11 @@ export class ControlWatcher {
     this.#subscriber.subscribe(this.#names.controlChannel).catch(onError);
   }
 
-  /** The control of a run, null if there is none: the run is over. Throws what Redis throws. */
+  /** The control of a run, null if there is none: the run is over. Throws REDIS_UNAVAILABLE when Redis is away for long. */
   async read(run: string): Promise<Control | null> {
-    const text = await this.#commands.get(this.#names.control(run));
+    const text = await this.#commands.get(this.#names.control(run)).catch((error: Error) => {
+      throw new NnError('REDIS_UNAVAILABLE', `control of run ${run}: ${error.message}`, { run }, error);
+    });
     return text === null ? null : (JSON.parse(text) as Control);
   }
 

@@ -22,11 +22,11 @@ export class ComputePool {
   readonly #callTimeoutMs: number;
   #replica: ReplicaState = null;
 
-  /** Starts the thread; the device is opened by the task `open`. */
-  constructor(data: Omit<ThreadData, 'shared'>) {
+  /** Starts the thread; the device is opened by the task `open`. `file`: the thread's module. */
+  constructor(data: Omit<ThreadData, 'shared'>, file: URL = new URL('./thread.js', import.meta.url)) {
     this.#callTimeoutMs = data.config.worker.callTimeoutMs;
     this.#piscina = new Piscina({
-      filename: new URL('./thread.js', import.meta.url).href,
+      filename: file.href,
       minThreads: 1,
       maxThreads: 1,
       concurrentTasksPerWorker: 1,
@@ -77,7 +77,12 @@ export class ComputePool {
   async close(): Promise<void> {
     this.signals.command = 'run';
     await this.run({ kind: 'close' });
-    await this.#piscina.destroy();
+    await this.destroy();
+  }
+
+  /** Ends the thread as it is; a native call under way is waited for. */
+  destroy(): Promise<void> {
+    return this.#piscina.destroy();
   }
 
   #listen(onReport: (report: StepReport) => void, run: string): { port: MessagePort; ended: Promise<void>; close: () => void } {

@@ -187,7 +187,7 @@ export class Replica {
       return published;
     }
     await this.bringTo(step - 1, message);
-    const shards = await this.#sumShards(message);
+    const shards = await this.#sumShards(message, shardKeys);
     watch.book('exchangeMs');
     const digest = this.#trainer.gradientDigest();
     watch.book('computeMs');
@@ -315,8 +315,10 @@ export class Replica {
   /** Applies a published sum. A damaged one is withdrawn, so that nobody else tries it. */
   async #applySum(step: number, key: string, text: string): Promise<void> {
     const length = this.#trainer.flatLength;
-    const { digest } = parseResult('reduce', JSON.parse(text));
     try {
+      const published = resultIn('reduce', text);
+      if (published === null) throw new NnError('GRADIENT_LOST', `run ${this.run}: what is published as the reduced gradient of step ${step} is no result`, { run: this.run, step });
+      const { digest } = published;
       this.#trainer.beginStep();
       await this.#exchange.download(key, { length, digest, write: (offset, from) => this.#trainer.writeGradient(offset, from) });
       if (this.#trainer.gradientDigest() !== digest) {
@@ -377,15 +379,14 @@ export class Replica {
    * Sums the published shards in order into the gradient, and returns their results. What is missing or damaged is computed
    * here, which takes the gradient buffer, so that the sum begins anew.
    */
-  async #sumShards(message: Message<'reduce'>): Promise<Result<'shard'>[]> {
+  async #sumShards(message: Message<'reduce'>, shardKeys: readonly string[]): Promise<Result<'shard'>[]> {
     const length = this.#trainer.flatLength;
-    const { shardCount, ...rest } = message;
+    const { shardCount: _, ...rest } = message;
     let lost: unknown;
     for (let round = 0; round < REDUCE_ROUNDS; round++) {
+      const texts = await this.#exchange.texts(shardKeys);
       const shards: Result<'shard'>[] = [];
-      for (let shard = 0; shard < shardCount; shard++) {
-        shards.push((await this.#published('shard', this.#names.shardGradient(this.run, message.step, shard))) ?? (await this.shard({ ...rest, shard })));
-      }
+      for (const [shard, text] of texts.entries()) shards.push(resultIn('shard', text) ?? (await this.shard({ ...rest, shard })));
       try {
         this.#trainer.beginStep();
         for (const { key, digest, shard } of shards) await this.#addShard(key, digest, length, shard);
@@ -408,17 +409,10 @@ export class Replica {
     }
   }
 
-  /** What is published under a key, or null; text that is no result counts as nothing. */
+  /** What is published under a key, or null. */
   async #published<Name extends 'shard' | 'reduce'>(name: Name, key: string): Promise<Result<Name> | null> {
     const [text] = await this.#exchange.texts([key]);
-    if (text === null || text === undefined) return null;
-    try {
-      return parseResult(name, JSON.parse(text));
-    } catch (error) {
-      if (errorCode(error) !== 'MESSAGE_INVALID' && !(error instanceof SyntaxError)) throw error;
-      await this.#exchange.remove([key], 0);
-      return null;
-    }
+    return resultIn(name, text ?? null);
   }
 
   /** Keeps the newest sums; <exchangeOf>log says how far back they go: {"first", "last"}. */
@@ -458,6 +452,17 @@ export class Replica {
     return new NnError('REPLICA_DIVERGED', `run ${this.run}: ${what} has digest ${digest} here, but ${published.worker} published ${published.digest}`, {
       run: this.run, worker: published.worker, published: published.digest, digest,
     });
+  }
+}
+
+/** The result that a published text holds; null for none, and for text that is no result: it is computed again. Pure. */
+function resultIn<Name extends 'shard' | 'reduce'>(name: Name, text: string | null): Result<Name> | null {
+  if (text === null) return null;
+  try {
+    return parseResult(name, JSON.parse(text));
+  } catch (error) {
+    if (errorCode(error) === 'MESSAGE_INVALID' || error instanceof SyntaxError) return null;
+    throw error;
   }
 }
 

@@ -206,7 +206,7 @@ export class Island {
       if (this.#pool.signals.command === 'drop') throw new NnError('CANCELLED', `job ${job.id} is of an older epoch, or its run is over`, { job: job.id! });
       const outcome = await this.#pool.run(task, kind === 'steps' ? (report) => progress.report(report) : undefined);
       await progress.sent();
-      if (origin !== null && watch?.command === 'drop') await this.#forgetIfOver(origin.run);
+      if (origin !== null && (kind === 'shard' || kind === 'reduce')) await this.#forgetIfOver(origin.run);
       return outcome;
     } finally {
       watch?.stop();

@@ -24,7 +24,7 @@ import type { Precision } from '../config/run-spec.ts';
 import { FILES, verifyCheckpoint } from './checkpoint-reader.ts';
 import type { TrainingKind, TrainingState } from './checkpoint-reader.ts';
 import { fileError, forgetTemporary, onFile, removeAbandoned, syncDirectory, systemCode, temporaryName } from './files.ts';
-import { generationConfig, huggingFaceConfig, tokenizerConfig } from './hugging-face.ts';
+import { encodeHuggingFaceConfig, generationConfig, huggingFaceConfig, tokenizerConfig } from './hugging-face.ts';
 import { MANIFEST, ManifestBuilder, encodeJson, readManifest, writeSmall } from './manifest.ts';
 import { writeSafetensors } from './safetensors.ts';
 import type { PlannedTensor } from './safetensors.ts';
@@ -88,7 +88,7 @@ function fillDirectory(directory: string, source: CheckpointSource, shardBytes: 
     hash.end();
   };
 
-  json(FILES.config, huggingFaceConfig(source.model, { precision: source.precision }));
+  small(FILES.config, encodeHuggingFaceConfig(huggingFaceConfig(source.model, { precision: source.precision })));
   json(FILES.generation, generationConfig());
   const dtype = source.precision === 'bf16' ? 'BF16' : 'F32';
   const shards = planShards(planned(shapes, dtype), shardBytes);

@@ -29,7 +29,6 @@ export function huggingFaceConfig(
 ): Record<string, unknown> {
   return {
     architectures: ['MixtralForCausalLM'],
-    attention_dropout: 0,
     bos_token_id: SPECIAL_IDS.bos,
     cuda_nn: { rope_theta: model.ropeTheta, ntk_alpha: model.ntkAlpha },
     eos_token_id: SPECIAL_IDS.eos,
@@ -50,7 +49,6 @@ export function huggingFaceConfig(
     rms_norm_eps: model.rmsNormEps,
     rope_theta: scaledRopeTheta(model),
     router_aux_loss_coef: auxLossWeight,
-    router_jitter_noise: 0,
     sliding_window: null,
     tie_word_embeddings: false,
     torch_dtype: precision === 'bf16' ? 'bfloat16' : 'float32',
@@ -58,6 +56,15 @@ export function huggingFaceConfig(
     vocab_size: model.vocabSize,
   };
 }
+
+/**
+ * A config.json as text. Readers of Hugging Face's formats tell 10000 from 10000.0 and refuse the one where a float
+ * belongs, so floats that happen to be whole are written with a point.
+ */
+export const encodeHuggingFaceConfig = (config: Readonly<Record<string, unknown>>): Uint8Array =>
+  Buffer.from(
+    `${JSON.stringify(config, null, 2).replaceAll(/"(rope_theta|ntk_alpha|rms_norm_eps|initializer_range|router_aux_loss_coef)": (-?\d+)(?=[,\n])/g, '"$1": $2.0')}\n`,
+  );
 
 type Json = Readonly<Record<string, unknown>>;
 

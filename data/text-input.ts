@@ -17,7 +17,7 @@ const READ_BYTES = 1 << 20;
 export const MAXIMUM_WORD_CHARACTERS = 4 << 20;
 
 /** A longer line of a .jsonl file is refused: a line is parsed as a whole. */
-export const MAXIMUM_LINE_BYTES = 256 << 20;
+export const MAXIMUM_LINE_BYTES = 64 << 20;
 
 /** A range of bytes of a text file; documents end at its end. */
 export interface TextRange {

@@ -17,7 +17,7 @@ import { SPECIAL_IDS, SPECIAL_TOKENS } from './special-tokens.ts';
 import { bytesOfRanges, listTexts, readPieces } from './text-input.ts';
 
 /** Distinct words whose encodings are remembered: about 100 bytes each. */
-const REMEMBERED_WORDS = 1 << 19;
+const REMEMBERED_WORDS = 1 << 18;
 
 /** Longer words are rare, and not remembered. */
 const REMEMBERED_CHARACTERS = 64;

@@ -10,6 +10,7 @@ import {
   CheckpointReader, checkpointDirectory, huggingFaceConfig, listCheckpoints, modelFromHuggingFace, newestGood, verifyCheckpoint, writeCheckpoint,
 } from '../../data/checkpoint-files.ts';
 import type { CheckpointSource, TrainingKind } from '../../data/checkpoint-files.ts';
+import { encodeHuggingFaceConfig } from '../../data/hugging-face.ts';
 import { SafetensorsFile, encodeBf16, writeSafetensors } from '../../data/safetensors.ts';
 import { TokenFileWriter } from '../../data/token-file.ts';
 import { expectError, expectRejection, temporaryDirectory } from './data-helpers.ts';
@@ -125,6 +126,10 @@ describe('data: checkpoints', () => {
     const config = huggingFaceConfig({ ...PRESETS['6.9b'], ntkAlpha: 8 }, { precision: 'bf16' });
     expect(config).to.include({ model_type: 'mixtral', hidden_act: 'silu', torch_dtype: 'bfloat16', num_local_experts: 16, num_experts_per_tok: 4, head_dim: 64, bos_token_id: 2, eos_token_id: 3, pad_token_id: 0, max_position_embeddings: 262144 });
     expect(config['rope_theta']).to.be.closeTo(10000 * 8 ** (64 / 62), 1e-6);
+    // Whole floats keep a point: transformers refuses an int where a float belongs.
+    const text = Buffer.from(encodeHuggingFaceConfig(huggingFaceConfig(PRESETS.demo, { auxLossWeight: 1 }))).toString();
+    for (const line of ['"rope_theta": 10000.0', '"ntk_alpha": 1.0', '"router_aux_loss_coef": 1.0', '"rms_norm_eps": 0.00001', '"hidden_size": 256,']) expect(text).to.include(line);
+    expect(modelFromHuggingFace(JSON.parse(text))).to.deep.equal(PRESETS.demo);
     // Whoever edits rope_theta means it.
     expect(modelFromHuggingFace({ ...config, rope_theta: 5e5 })).to.include({ ropeTheta: 5e5, ntkAlpha: 1 });
     expect(modelFromHuggingFace({ ...config, rope_theta: undefined, rope_parameters: { rope_theta: 7e5, rope_type: 'default' } })).to.include({ ropeTheta: 7e5 });

@@ -6,7 +6,7 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import koffi from 'koffi';
-import { NnError } from '../config/errors.ts';
+import { NnError, errorCode } from '../config/errors.ts';
 import type { ErrorCode } from '../config/errors.ts';
 import { packageRoot } from '../config/schema.ts';
 import { ABI_VERSION, Kernels, PROTOTYPES } from './bindings.generated.ts';
@@ -35,6 +35,8 @@ export interface DeviceDescription {
   readonly computeCapability?: string;
   readonly driverVersion?: string;
   readonly runtimeVersion?: string;
+  /** Why `auto` came to the CPU although a CUDA library is built: it cannot be used. For doctor and the logs to say. */
+  readonly note?: string;
 }
 
 export interface DeviceOptions {
@@ -88,8 +90,9 @@ const loaded = new Map<string, Native>();
 export function loadLibrary(path: string): Native {
   const known = loaded.get(path);
   if (known !== undefined) return known;
+  const how = path === libraryPath('cuda') ? 'npm run build, which needs nvcc for CUDA' : 'npm run build';
   const invalid = (problem: string, cause?: unknown): NnError =>
-    new NnError('LIBRARY_INVALID', `native library ${path} ${problem}; build it with: npm run build`, { path }, cause);
+    new NnError('LIBRARY_INVALID', `native library ${path} ${problem}; build it with: ${how}`, { path }, cause);
   if (!existsSync(path)) throw invalid('is missing');
   let library: ReturnType<typeof koffi.load>;
   try {
@@ -132,11 +135,12 @@ function throwStatus(native: Native, context: number, call: string, status: numb
   throw new Error(`${call}: ${kind}: ${said}`);
 }
 
-function describe(native: Native, library: LibraryName, index: number): DeviceDescription {
+function describe({ native, name, note }: Choice, index: number): DeviceDescription {
   const text = new Uint8Array(4096);
   const status = native.nn_device_describe(text, index, text.length);
   if (status !== 0) throwStatus(native, 0, 'nn_device_describe', status);
-  return { library, index, ...(JSON.parse(textOf(text)) as Omit<DeviceDescription, 'library' | 'index'>) };
+  const described = JSON.parse(textOf(text)) as Omit<DeviceDescription, 'library' | 'index' | 'note'>;
+  return { library: name, index, ...described, ...(note === undefined ? {} : { note }) };
 }
 
 function deviceCount(native: Native): number {
@@ -146,26 +150,39 @@ function deviceCount(native: Native): number {
   return count[0]!;
 }
 
-/** `auto` resolved: CUDA only where its library is there and finds a GPU. A CUDA library that is there but broken is an error. */
-function choose(library: 'auto' | LibraryName): { name: LibraryName; native: Native } {
-  if (library !== 'cpu' && (library === 'cuda' || existsSync(libraryPath('cuda')))) {
-    const native = loadLibrary(libraryPath('cuda'));
-    if (library === 'cuda' || deviceCount(native) > 0) return { name: 'cuda', native };
+interface Choice {
+  readonly name: LibraryName;
+  readonly native: Native;
+  readonly note?: string;
+}
+
+/** `auto` resolved: CUDA where its library is built, loads and finds a GPU. One that does not load is noted, as the CPU can do it all. */
+function choose(library: 'auto' | LibraryName): Choice {
+  if (library !== 'auto') return { name: library, native: loadLibrary(libraryPath(library)) };
+  let note: string | undefined;
+  if (existsSync(libraryPath('cuda'))) {
+    try {
+      const native = loadLibrary(libraryPath('cuda'));
+      if (deviceCount(native) > 0) return { name: 'cuda', native };
+    } catch (error) {
+      if (!['LIBRARY_INVALID', 'DEVICE_UNAVAILABLE'].includes(errorCode(error) ?? '')) throw error;
+      note = (error as Error).message;
+    }
   }
-  return { name: 'cpu', native: loadLibrary(libraryPath('cpu')) };
+  return { name: 'cpu', native: loadLibrary(libraryPath('cpu')), ...(note === undefined ? {} : { note }) };
 }
 
 /** Every device of a library. Throws LIBRARY_INVALID. */
 export function describeDevices(library: 'auto' | LibraryName): DeviceDescription[] {
-  const { name, native } = choose(library);
-  return Array.from({ length: deviceCount(native) }, (_, index) => describe(native, name, index));
+  const choice = choose(library);
+  return Array.from({ length: deviceCount(choice.native) }, (_, index) => describe(choice, index));
 }
 
 /** One opened device: its memory and its kernels. */
 export class Device {
   readonly kernels: Kernels;
   readonly #native: Native;
-  readonly #library: LibraryName;
+  readonly #choice: Choice;
   readonly #index: number;
   #context: number;
   #description: DeviceDescription;
@@ -175,23 +192,25 @@ export class Device {
 
   /** Throws LIBRARY_INVALID, DEVICE_UNAVAILABLE (no such device, too old, or its driver refuses) or DEVICE_MEMORY. */
   static open(options: DeviceOptions): Device {
-    const { name, native } = choose(options.library);
+    const choice = choose(options.library);
+    const { name, native } = choice;
     const count = deviceCount(native);
     if (!(Number.isInteger(options.index) && options.index >= 0 && options.index < count)) {
       const there = count === 0 ? 'there is none' : `there ${count === 1 ? 'is 1' : `are ${count}`}, counted from 0`;
       throw new NnError('DEVICE_UNAVAILABLE', `${name} device ${options.index} is not there: ${there}`, { library: name, index: options.index });
     }
-    return new Device(native, name, options.index, options.threads);
+    return new Device(choice, options.index, options.threads);
   }
 
-  private constructor(native: Native, library: LibraryName, index: number, threads: number) {
+  private constructor(choice: Choice, index: number, threads: number) {
+    const { native } = choice;
     this.#native = native;
-    this.#library = library;
+    this.#choice = choice;
     this.#index = index;
     const status = native.nn_context_create(this.#address, index, threads);
     if (status !== 0) throwStatus(native, 0, 'nn_context_create', status);
     this.#context = Number(this.#address[0]);
-    this.#description = describe(native, library, index);
+    this.#description = describe(choice, index);
     this.kernels = new Kernels(native, this.#context, (kernel, failed) => throwStatus(native, this.#context, kernel, failed));
   }
 
@@ -202,7 +221,7 @@ export class Device {
 
   /** Bytes that can be allocated now. */
   freeBytes(): number {
-    this.#description = describe(this.#native, this.#library, this.#index);
+    this.#description = describe(this.#choice, this.#index);
     return this.#description.freeBytes;
   }
 

@@ -80,6 +80,15 @@ describe('device', () => {
     expect(failure(() => Device.open({ ...cpu, index: -1 }))).to.match(/^DEVICE_UNAVAILABLE/);
   });
 
+  it('takes CUDA when it is asked for or there, and the CPU otherwise', () => {
+    const asked = failure(() => Device.open({ ...cpu, library: 'cuda' }).close());
+    expect(asked).to.match(/^(LIBRARY_INVALID: .*libnn_cuda.*|DEVICE_UNAVAILABLE: cuda device 0 is not there: there is none|nothing thrown)/);
+    const [chosen] = describeDevices('auto');
+    expect(chosen!.kind).to.equal(asked === 'nothing thrown' ? 'cuda' : 'cpu');
+    // A library that is there but cannot be used is not passed over in silence.
+    if (asked.includes('cannot be loaded')) expect(chosen!.note).to.match(/libnn_cuda.* cannot be loaded/);
+  });
+
   it('closes with memory still allocated, and twice', () => {
     const other = Device.open(cpu);
     other.allocate('u8', 1000);

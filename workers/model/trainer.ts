@@ -318,6 +318,7 @@ export class Trainer {
   }
 
   #digestOf(tensor: Tensor): string {
+    this.#enter();
     this.#kernels.digest(this.#digest, tensor, tensor.length);
     const words = new BigUint64Array(2);
     this.#device.download(words, this.#digest);

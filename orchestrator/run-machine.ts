@@ -95,14 +95,16 @@ class Machine {
       const holder = state.workers.find((worker) => worker.heldBy === run && worker.replica?.run === run && worker.replica.step === state.version);
       if (holder !== undefined) state.home = { id: holder.id, incarnation: holder.incarnation };
     }
-    state.claims = state.workers.filter((worker) => worker.heldBy === state.settings.run).map((worker) => worker.id);
     this.hearWorkers(state.workers);
   }
 
   private hearWorkers(workers: readonly WorkerView[]): void {
     const state = this.state;
     state.workers = workers;
-    if (!state.ready) return;
+    if (!state.ready) {
+      state.claims = workers.filter((worker) => worker.heldBy === state.settings.run).map((worker) => worker.id);
+      return;
+    }
     if (state.home !== null && !this.lives(state.home)) state.home = null;
     if (state.activity?.kind === 'flow' && state.activity.parent.worker === null) state.activity = this.withJoiners(state.activity);
     const dead = this.holders().find((holder) => !this.lives(holder));
@@ -604,7 +606,8 @@ class Machine {
   private reach(version: number, holder: Holder): void {
     if (version < this.state.version) return;
     this.state.version = version;
-    this.state.home = this.lives(holder) ? holder : null;
+    // A worker of another run may have taken a job from the shared queue: its replica will not stay.
+    this.state.home = this.lives(holder) && this.state.claims.includes(holder.id) ? holder : null;
     this.state.lastNewsMs = this.atMs;
     this.state.silenceRecorded = false;
   }

@@ -1,0 +1,540 @@
+/**
+ * A world for one run machine: queue, exchange, checkpoints, workers, users and an orchestrator that crashes, all driven by
+ * one seed and a clock of its own. Messages are dropped, delayed, doubled and reordered; jobs are taken twice; workers die,
+ * return under their old names, are thought dead while they live, join and drain. Used by run-machine.test.ts.
+ *
+ * A replica's state is a chain, state(t) = mix(state(t-1), t), and a report's loss is its state before the step: a step
+ * computed on a wrong version shows in the metrics.
+ */
+import assert from 'node:assert/strict';
+import type { ErrorRecord } from '../../config/errors.ts';
+import type { Control } from '../../config/keys.ts';
+import { TERMINAL_PHASES } from '../../config/messages.ts';
+import type { RunRecord, StepReport } from '../../config/messages.ts';
+import { parseRunSpec } from '../../config/run-spec.ts';
+import type { RunSpec } from '../../config/run-spec.ts';
+import type { CheckpointPlace, WorkerView } from '../../orchestrator/plan.ts';
+import { step as applyEvent } from '../../orchestrator/run-machine.ts';
+import { initialState, parseJobId, queuedRecord, recordOf } from '../../orchestrator/run-state.ts';
+import type { Effect, JobAddress, MachineEvent, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
+
+/** mulberry32: small, seeded, good enough for choosing faults. */
+export function generator(seed: number): () => number {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let word = Math.imul(state ^ (state >>> 15), 1 | state);
+    word = (word + Math.imul(word ^ (word >>> 7), 61 | word)) ^ word;
+    return ((word ^ (word >>> 14)) >>> 0) / 0x1_0000_0000;
+  };
+}
+
+const mix = (state: number, step: number): number => (Math.imul(state ^ step, 0x9e3779b1) + step) >>> 0;
+export const chainAt = (version: number): number => {
+  let state = 1;
+  for (let step = 1; step <= version; step++) state = mix(state, step);
+  return state;
+};
+const hex = (state: number, salt: number): string => mix(state, salt).toString(16).padStart(8, '0').repeat(4);
+
+interface SimWorker {
+  readonly id: string;
+  incarnation: number;
+  alive: boolean;
+  /** The orchestrator does not see its heartbeat, though it works on. */
+  hidden: boolean;
+  draining: boolean;
+  startedAtMs: number;
+  replica: { step: number; state: number } | null;
+  job: string | null;
+}
+
+interface SimJob extends NewJob {
+  state: 'waiting' | 'active' | 'completed' | 'failed';
+  processedAtMs: number | null;
+  attempts: number;
+  result: unknown;
+  error: ErrorRecord | null;
+  readonly progress: unknown[];
+  readonly parent: string | null;
+}
+
+/** How often what goes wrong; probabilities. */
+export interface Faults {
+  readonly drop: number;
+  readonly double: number;
+  readonly slowest: number;
+  readonly crash: number;
+  readonly orchestratorCrash: number;
+  readonly hide: number;
+  readonly loseGradient: number;
+  readonly damageCheckpoint: number;
+  readonly wishes: boolean;
+  readonly cancel: boolean;
+}
+
+export const CALM: Faults = { drop: 0, double: 0, slowest: 5, crash: 0, orchestratorCrash: 0, hide: 0, loseGradient: 0, damageCheckpoint: 0, wishes: false, cancel: false };
+
+export function chooseFaults(random: () => number): Faults {
+  const some = (most: number): number => (random() < 0.5 ? 0 : random() * most);
+  return {
+    drop: some(0.2), double: some(0.3), slowest: random() < 0.5 ? 10 : 400, crash: some(0.06), orchestratorCrash: some(0.02), hide: some(0.04),
+    loseGradient: some(0.02), damageCheckpoint: some(0.2), wishes: random() < 0.3, cancel: random() < 0.05,
+  };
+}
+
+const STEP_MS = 20;
+const STALL_MS = 1_500;
+/** Faults end here, so that every run can end. */
+const FAULTS_END_MS = 20_000;
+const GIVE_UP_MS = 200_000;
+
+export class World {
+  readonly #random: () => number;
+  readonly #faults: Faults;
+  readonly spec: RunSpec;
+  readonly #settings: RunSettings;
+  now = 0;
+  #order = 0;
+  #agenda: { at: number; order: number; act: () => void }[] = [];
+  readonly workers: SimWorker[] = [];
+  readonly #claims = new Map<string, string>();
+  readonly #jobs = new Map<string, SimJob>();
+  readonly #shards = new Map<string, { digest: string; from: number }>();
+  readonly #sums = new Set<number>();
+  #checkpoints: CheckpointPlace[] = [];
+  readonly #damaged = new Set<string>();
+  #control: Control | null = null;
+  #record: RunRecord;
+  /** What metrics.jsonl holds. */
+  readonly metrics: StepReport[] = [];
+  #lastEval = -1;
+  #state: RunState | null = null;
+  #generation = 0;
+  #wish: 'pause' | 'resume' | 'cancel' | null = null;
+  readonly log: string[] = [];
+  finished: RunRecord | null = null;
+
+  constructor(seed: number, faults?: Faults) {
+    this.#random = generator(seed);
+    this.#faults = faults ?? chooseFaults(this.#random);
+    const shards = 1 + this.#pick(4);
+    this.spec = parseRunSpec({
+      name: 'sim.1',
+      model: { vocabSize: 16, hiddenSize: 8, layers: 1, queryHeads: 2, experts: 2, expertsPerToken: 1, ffnSize: 8 },
+      data: { train: 'train', ...(this.#random() < 0.5 ? { validation: 'validation' } : {}) },
+      steps: 1 + this.#pick(30),
+      batch: { shards, sequences: 1, sequenceLength: 4 },
+      parallelism: this.#random() < 0.3 ? 'auto' : 1 + this.#pick(4),
+      checkpoint: { every: this.#pick(3) === 0 ? 0 : 1 + this.#pick(10), keep: 1 + this.#pick(3) },
+      evaluation: { every: this.#pick(8) },
+      compareDigestsEvery: this.#pick(6),
+    });
+    this.#settings = {
+      run: 'sim.1', spec: this.spec, checkpointRoot: 'runs/sim.1/checkpoints', logSteps: 1 + this.#pick(12), maxReplans: 10_000, stepsPerJob: 1 + this.#pick(20),
+      lookupMs: 300, jobTimeoutMs: 2_000, backoffMs: 20, backoffMaximumMs: 500,
+    };
+    this.#record = queuedRecord('sim.1', this.spec, 0);
+    const count = 1 + this.#pick(4);
+    for (let index = 0; index < count; index++) this.#join(`w${index}`);
+  }
+
+  #pick(below: number): number {
+    return Math.floor(this.#random() * below);
+  }
+
+  #chance(probability: number): boolean {
+    return this.now < FAULTS_END_MS && this.#random() < probability;
+  }
+
+  #at(delayMs: number, act: () => void): void {
+    this.#agenda.push({ at: this.now + Math.max(0, delayMs), order: this.#order++, act });
+  }
+
+  #note(text: string): void {
+    if (this.log.length < 5_000) this.log.push(`${this.now.toFixed(0)} ${text}`);
+  }
+
+  /** Runs the world until the run is over; throws when it is not, or when a promise is broken. */
+  run(): void {
+    this.#at(0, () => this.#startOrchestrator());
+    this.#at(0, () => this.#meddle());
+    while (this.finished === null) {
+      let best = 0;
+      for (let index = 1; index < this.#agenda.length; index++) {
+        const [one, other] = [this.#agenda[index]!, this.#agenda[best]!];
+        if (one.at < other.at || (one.at === other.at && one.order < other.order)) best = index;
+      }
+      const next = this.#agenda[best]!;
+      this.#agenda[best] = this.#agenda.at(-1)!;
+      this.#agenda.pop();
+      this.now = next.at;
+      assert(this.now < GIVE_UP_MS, `the run does not end: ${JSON.stringify({ ...this.#state, settings: undefined, workers: undefined, shown: undefined })}`);
+      next.act();
+      this.#work();
+    }
+  }
+
+  // --- Faults and users -----------------------------------------------------------------------------------------------
+
+  #meddle(): void {
+    const { crash, orchestratorCrash, hide, wishes, cancel, loseGradient } = this.#faults;
+    for (const worker of this.workers) {
+      if (worker.alive && this.#chance(crash)) this.#crash(worker);
+      else if (worker.alive && this.#chance(hide)) {
+        worker.hidden = true;
+        this.#note(`${worker.id} is not seen`);
+        this.#at(200 + this.#pick(3_000), () => void (worker.hidden = false));
+      }
+    }
+    if (this.#state !== null && this.#chance(orchestratorCrash)) this.#crashOrchestrator();
+    if (this.#chance(0.02) && this.workers.length < 6) this.#join(`w${this.workers.length}`);
+    if (this.#chance(loseGradient)) this.#shards.clear();
+    if (this.#chance(loseGradient / 4)) this.#sums.clear();
+    if (this.#chance(0.02)) this.#otherRun();
+    if (wishes && this.#chance(0.03)) {
+      this.#wish = 'pause';
+      this.#at(this.#pick(2_000), () => void (this.#wish = 'resume'));
+    }
+    if (cancel && this.#chance(0.02)) this.#wish = 'cancel';
+    this.#at(50, () => this.#meddle());
+  }
+
+  /** Another run takes a free worker for a while, and the replica on it. */
+  #otherRun(): void {
+    const worker = this.workers[this.#pick(this.workers.length)]!;
+    if (this.#claims.has(worker.id)) return;
+    this.#claims.set(worker.id, 'other');
+    if (worker.job === null) worker.replica = null;
+    this.#at(this.#pick(3_000), () => this.#claims.get(worker.id) === 'other' && this.#claims.delete(worker.id));
+  }
+
+  #join(id: string): void {
+    this.workers.push({ id, incarnation: 0, alive: true, hidden: false, draining: false, startedAtMs: this.now, replica: null, job: null });
+  }
+
+  #crash(worker: SimWorker): void {
+    this.#note(`${worker.id} crashes`);
+    worker.alive = false;
+    const held = worker.job === null ? undefined : this.#jobs.get(worker.job);
+    worker.job = null;
+    if (held !== undefined) {
+      this.#at(STALL_MS, () => {
+        if (held.state === 'active') held.state = 'waiting';
+      });
+    }
+    this.#at(50 + this.#pick(4_000), () => {
+      worker.alive = true;
+      worker.hidden = false;
+      worker.incarnation++;
+      worker.startedAtMs = this.now;
+      worker.replica = null;
+    });
+  }
+
+  #crashOrchestrator(): void {
+    this.#note('the orchestrator crashes');
+    this.#state = null;
+    this.#generation++;
+    this.#at(this.#pick(3_000), () => this.#startOrchestrator());
+  }
+
+  // --- Workers --------------------------------------------------------------------------------------------------------
+
+  #work(): void {
+    for (const worker of this.workers) {
+      if (!worker.alive || worker.job !== null) continue;
+      for (const job of this.#jobs.values()) {
+        if (job.state !== 'waiting' || (job.worker !== null && job.worker !== worker.id) || !this.#ripe(job)) continue;
+        job.state = 'active';
+        job.processedAtMs = this.now;
+        worker.job = job.id;
+        this.#begin(worker, job);
+        break;
+      }
+    }
+  }
+
+  /** A reduce job waits for its children. */
+  #ripe(job: SimJob): boolean {
+    return job.name !== 'reduce' || [...this.#jobs.values()].every((child) => child.parent !== job.id || child.state === 'completed');
+  }
+
+  #begin(worker: SimWorker, job: SimJob): void {
+    const { incarnation } = worker;
+    const present = (act: () => void) => (): void => {
+      if (worker.alive && worker.incarnation === incarnation && worker.job === job.id) act();
+    };
+    const end = (result: unknown): void => {
+      worker.job = null;
+      if (job.state !== 'active') return;
+      job.state = 'completed';
+      job.result = result;
+      this.#send({ type: 'completed', id: job.id, result });
+    };
+    const fail = (error: ErrorRecord): void => {
+      worker.job = null;
+      if (job.state !== 'active') return;
+      if (error.code === 'GRADIENT_LOST' && ++job.attempts < 3) {
+        job.state = 'waiting';
+        return;
+      }
+      job.state = 'failed';
+      job.error = error;
+      this.#send({ type: 'failed', id: job.id, error });
+    };
+    const data = job.data as { epoch: number; fromStep: number; stepCount: number; step: number; shard: number; shardCount: number; directory: string; replica?: { epoch: number; step: number; checkpoint: CheckpointPlace | null }; checkpoint: CheckpointPlace | null };
+    const origin = data.replica ?? data;
+    const cancelled = (): boolean => this.#control === null || this.#control.epoch > origin.epoch;
+    const bring = (version: number): ErrorRecord | null => {
+      if (cancelled()) return { code: 'CANCELLED', message: 'old epoch', context: {} };
+      let replica = worker.replica !== null && worker.replica.step <= version ? worker.replica : null;
+      if (replica === null || (origin.checkpoint !== null && origin.checkpoint.step > replica.step)) {
+        if (origin.checkpoint === null) replica = { step: 0, state: chainAt(0) };
+        else if (this.#damaged.has(origin.checkpoint.directory)) return { code: 'CHECKPOINT_INVALID', message: origin.checkpoint.directory, context: {} };
+        else if (this.#checkpoints.every((each) => each.directory !== origin.checkpoint!.directory)) return { code: 'CHECKPOINT_INVALID', message: 'gone', context: {} };
+        else replica = { step: origin.checkpoint.step, state: chainAt(origin.checkpoint.step) };
+      }
+      for (let step = replica.step + 1; step <= version; step++) {
+        if (!this.#sums.has(step)) return { code: 'GRADIENT_LOST', message: `sum of ${step}`, context: {} };
+        replica = { step, state: mix(replica.state, step) };
+      }
+      worker.replica = replica;
+      return null;
+    };
+    const atVersion = (version: number, milliseconds: number, act: (state: number) => void): void => {
+      this.#at(1 + this.#pick(5), present(() => {
+        const problem = bring(version);
+        if (problem !== null) return fail(problem);
+        this.#at(milliseconds, present(() => act(worker.replica!.state)));
+      }));
+    };
+    const timings = { computeMs: STEP_MS, exchangeMs: 0.001, waitMs: 0 };
+    switch (job.name) {
+      case 'steps': {
+        const reports: StepReport[] = [];
+        const loop = (): void => {
+          if (cancelled()) return fail({ code: 'CANCELLED', message: 'old epoch', context: {} });
+          if (reports.length === data.stepCount || this.#control!.command !== 'run') {
+            return end({ worker: worker.id, epoch: data.epoch, fromStep: data.fromStep, stepsDone: reports.length, reports, timings });
+          }
+          this.#at(STEP_MS / 2 + this.#pick(STEP_MS), present(() => {
+            const report = this.#report(data.fromStep + reports.length + 1, worker.replica!.state);
+            worker.replica = { step: report.step, state: mix(worker.replica!.state, report.step) };
+            reports.push(report);
+            const progress = { worker: worker.id, epoch: data.epoch, report };
+            job.progress.push(progress);
+            this.#send({ type: 'progress', id: job.id, data: progress });
+            loop();
+          }));
+        };
+        return atVersion(data.fromStep, 0, loop);
+      }
+      case 'shard': {
+        const key = `${data.step}:${data.shard}`;
+        const result = (digest: string): unknown => ({
+          worker: worker.id, epoch: data.epoch, step: data.step, shard: data.shard, lossSum: 1, auxLossSum: [1], expertLoad: [[1]], targetTokens: 1, digest, key, bytes: 10, timings,
+        });
+        const there = this.#shards.get(key);
+        if (there !== undefined) return this.#at(1, present(() => end(result(there.digest))));
+        return atVersion(data.step - 1, STEP_MS / 2 + this.#pick(STEP_MS), (state) => {
+          const digest = hex(state, data.shard);
+          // Between the look at the control and the publication time passes: a late one still publishes the same bits.
+          if (cancelled() && this.#random() < 0.7) return fail({ code: 'CANCELLED', message: 'old epoch', context: {} });
+          this.#shards.set(key, { digest, from: state });
+          end(result(digest));
+        });
+      }
+      case 'reduce':
+        return atVersion(data.step - 1, 2 + this.#pick(5), (state) => {
+          for (let shard = 0; shard < data.shardCount; shard++) {
+            const gradient = this.#shards.get(`${data.step}:${shard}`);
+            if (gradient === undefined) return fail({ code: 'GRADIENT_LOST', message: `shard ${shard}`, context: {} });
+            assert.equal(gradient.from, state, `shard ${shard} of step ${data.step} was computed on another version`);
+          }
+          if (cancelled() && this.#random() < 0.7) return fail({ code: 'CANCELLED', message: 'old epoch', context: {} });
+          this.#sums.add(data.step);
+          for (let shard = 0; shard < data.shardCount; shard++) this.#shards.delete(`${data.step}:${shard}`);
+          worker.replica = { step: data.step, state: mix(state, data.step) };
+          end({ worker: worker.id, epoch: data.epoch, digest: hex(state, 99), key: `sum:${data.step}`, bytes: 10, report: this.#report(data.step, state), timings });
+        });
+      case 'checkpoint':
+        return atVersion(data.step, 10 + this.#pick(30), (state) => {
+          assert.equal(state, chainAt(data.step));
+          this.#checkpoints = [...this.#checkpoints.filter((each) => each.step !== data.step), { directory: data.directory, step: data.step }].sort((a, b) => a.step - b.step);
+          this.#damaged.delete(data.directory);
+          if (this.#chance(this.#faults.damageCheckpoint)) this.#damaged.add(data.directory);
+          end({ worker: worker.id, epoch: data.epoch, step: data.step, directory: data.directory, bytes: 1, milliseconds: 1 });
+        });
+      case 'eval':
+        return atVersion(data.replica!.step, 5, (state) => {
+          assert.equal(state, chainAt(data.replica!.step));
+          end({ worker: worker.id, step: data.replica!.step, loss: 1 + state / 2 ** 32, targetTokens: 1, milliseconds: 1 });
+        });
+      case 'digest':
+        return atVersion(data.step, 5, (state) =>
+          end({ worker: worker.id, epoch: data.epoch, step: data.step, digest: hex(state, 7), weightsDigest: data.step === this.spec.steps ? hex(state, 8) : null }),
+        );
+    }
+  }
+
+  #report(step: number, state: number): StepReport {
+    return { step, loss: state, auxLoss: [1], expertLoad: [[1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 1, skipped: false, milliseconds: STEP_MS };
+  }
+
+  // --- The orchestrator -----------------------------------------------------------------------------------------------
+
+  /** A message to the orchestrator: late, twice, or not at all. */
+  #send(event: { type: 'progress' | 'completed' | 'failed'; id: string; data?: unknown; result?: unknown; error?: ErrorRecord }): void {
+    const copies = this.#chance(this.#faults.drop) ? 0 : this.#chance(this.#faults.double) ? 2 : 1;
+    const { slowest } = this.#faults;
+    for (let copy = 0; copy < copies; copy++) {
+      const delay = copy === 0 ? this.#random() ** 4 * slowest : this.#random() * 10 * slowest;
+      this.#at(delay, () => this.#hear(event as unknown as Heard));
+    }
+  }
+
+  #views(): WorkerView[] {
+    return this.workers
+      .filter((worker) => worker.alive && !worker.hidden)
+      .map(({ id, incarnation, startedAtMs, replica, job }) => ({
+        id, incarnation: `${id}-${incarnation}`, precisions: ['fp32'], state: job === null ? 'idle' : 'busy', startedAtMs,
+        replica: replica === null ? null : { run: 'sim.1', step: replica.step }, heldBy: this.#claims.get(id) ?? null,
+      }));
+  }
+
+  #startOrchestrator(): void {
+    this.#note('the orchestrator starts');
+    const generation = ++this.#generation;
+    const good = this.#checkpoints.filter((each) => !this.#damaged.has(each.directory) && each.step <= this.metrics.length);
+    let logThrough = good.at(-1)?.step ?? 0;
+    while (logThrough < this.metrics.length && this.#sums.has(logThrough + 1)) logThrough++;
+    const counted = this.metrics.length === 0 ? null : { step: this.metrics.length, lastReport: this.metrics.at(-1)!, skippedInARow: 0, lastEvalStep: this.#lastEval };
+    this.#state = initialState(this.#settings, { record: this.#record, control: this.#control, counted, checkpoints: good, logThrough });
+    this.#hear({ type: 'workers', workers: this.#views() });
+    if (this.#control !== null) this.#adopt();
+    if (this.#generation === generation) this.#hear({ type: 'ready' });
+    this.#look(generation, null);
+  }
+
+  #adopt(): void {
+    const jobs = [...this.#jobs.values()].filter((job) => parseJobId(job.id)!.epoch === this.#state?.epoch).sort((a, b) => parseJobId(a.id)!.step - parseJobId(b.id)!.step);
+    for (const { queue, worker, id, name, data, processedAtMs, state, progress, result, error } of jobs) {
+      if (this.#state === null) return;
+      const related = jobs.filter((job) => job.parent === id).map((job): JobAddress => ({ queue: job.queue, worker: job.worker, id: job.id }));
+      this.#hear({ type: 'adopt', job: { queue, worker, id }, data, processedAtMs, finished: state === 'completed' || state === 'failed', related });
+      if (name === 'steps') for (const each of progress) this.#hear({ type: 'progress', id, data: each });
+      if (state === 'completed') this.#hear({ type: 'completed', id, result });
+      if (state === 'failed') this.#hear({ type: 'failed', id, error: error! });
+    }
+  }
+
+  /** The orchestrator's timer: workers, wishes, clock. */
+  #look(generation: number, before: string | null): void {
+    if (this.#state === null || generation !== this.#generation) return;
+    this.#hear({ type: 'workers', workers: this.#views() });
+    const wish = this.#wish;
+    if (wish !== null && wish !== before) this.#hear({ type: 'wish', wish });
+    this.#hear({ type: 'tick' });
+    if (this.#state !== null) this.#at(100, () => this.#look(generation, wish));
+  }
+
+  #hear(event: Heard): void {
+    if (this.#state === null || this.finished !== null) return;
+    const before = this.#state;
+    const { state, effects } = applyEvent(before, { ...event, atMs: this.now } as MachineEvent);
+    this.#state = state;
+    this.#check(before, state);
+    for (const effect of effects) {
+      if (this.#chance(this.#faults.orchestratorCrash / 20)) return this.#crashOrchestrator();
+      this.#perform(effect);
+      if (this.#state === null) return;
+    }
+    // The record is written now and then; the metrics file and the control always.
+    if (this.#random() < 0.5) this.#record = recordOf(state);
+  }
+
+  #check(before: RunState, after: RunState): void {
+    assert(after.step >= before.step, 'the count of steps never falls');
+    assert(after.epoch >= before.epoch, 'the epoch never falls');
+    assert(after.sharedVersion <= after.step, 'what is shared was counted');
+    assert(after.activity !== null || after.early.size === 0 || TERMINAL_PHASES.includes(after.phase), 'no report waits for an activity that is over');
+    for (const checkpoint of after.checkpoints) assert(checkpoint.step <= after.step, 'no checkpoint is ahead of the count');
+  }
+
+  #perform(effect: Effect): void {
+    switch (effect.type) {
+      case 'control':
+        assert(this.#control === null || effect.control.epoch >= this.#control.epoch, 'the epoch of the control never falls');
+        this.#control = effect.control;
+        return;
+      case 'add':
+        return this.#add(effect.job, null);
+      case 'flow':
+        this.#add(effect.parent, null);
+        for (const child of effect.children) this.#add(child, effect.parent.id);
+        return;
+      case 'remove':
+        for (const { id } of effect.jobs) if (this.#jobs.get(id)?.state !== 'active') this.#jobs.delete(id);
+        return;
+      case 'lookup':
+        for (const { id } of effect.jobs) this.#at(1, () => this.#lookUp(id));
+        return;
+      case 'metrics':
+        if (effect.line.type === 'eval') this.#lastEval = effect.line.step;
+        else {
+          const { report } = effect.line;
+          assert.equal(report.step, this.metrics.length + 1, 'each step is counted once, in order');
+          assert.equal(report.loss, chainAt(report.step - 1), `step ${report.step} was computed on another version`);
+          this.metrics.push(report);
+        }
+        return;
+      case 'claim':
+        for (const id of effect.workers) if (!this.#claims.has(id)) this.#claims.set(id, 'sim.1');
+        this.#at(1 + this.#pick(5), () => this.#hear({ type: 'claimed', workers: this.#views() }));
+        return;
+      case 'release':
+        for (const id of effect.workers) if (this.#claims.get(id) === 'sim.1') this.#claims.delete(id);
+        return;
+      case 'trim':
+        for (let step = effect.from + 1; step <= effect.through; step++) this.#sums.delete(step);
+        return;
+      case 'deleteCheckpoints':
+        this.#checkpoints = this.#checkpoints.filter((each) => !effect.directories.includes(each.directory));
+        return;
+      case 'findCheckpoints':
+        this.#at(5, () => {
+          const bad = this.#checkpoints.filter((each) => this.#damaged.has(each.directory));
+          this.#checkpoints = this.#checkpoints.filter((each) => !bad.includes(each));
+          this.#hear({ type: 'checkpoints', good: this.#checkpoints, bad: bad.map(({ directory }) => ({ directory, error: { code: 'CHECKPOINT_INVALID', message: directory, context: {} } })) });
+        });
+        return;
+      case 'publish':
+        if (effect.event.type === 'fault') {
+          this.#note(`fault ${effect.event.what}: ${effect.event.error.code} ${effect.event.error.message}`);
+          assert.notEqual(effect.event.error.code, 'REPLICA_DIVERGED', effect.event.error.message);
+        } else if (effect.event.type === 'phase') this.#note(`phase ${effect.event.phase}`);
+        return;
+      case 'finish':
+        this.finished = recordOf(this.#state!);
+    }
+  }
+
+  #add(job: NewJob, parent: string | null): void {
+    this.#note(`add ${job.id} to ${job.worker ?? 'all'}`);
+    assert.equal(parseJobId(job.id)!.epoch, this.#control!.epoch, 'a job is of the epoch that the control tells');
+    assert.equal(this.#control!.command, 'run', 'no job is added under a control that stops it');
+    if (job.worker !== null) assert.equal(this.#claims.get(job.worker), 'sim.1', `${job.id} goes to a worker that this run holds`);
+    if (this.#jobs.has(job.id)) return;
+    this.#jobs.set(job.id, { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], parent });
+  }
+
+  #lookUp(id: string): void {
+    const job = this.#jobs.get(id);
+    if (job === undefined) this.#hear({ type: 'missing', id });
+    else if (job.state === 'completed') this.#hear({ type: 'completed', id, result: job.result });
+    else if (job.state === 'failed') this.#hear({ type: 'failed', id, error: job.error! });
+  }
+}
+
+type Heard = MachineEvent extends infer Event ? (Event extends MachineEvent ? Omit<Event, 'atMs'> : never) : never;

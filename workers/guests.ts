@@ -54,12 +54,14 @@ export function evaluateCheckpoint({ device, worker, signals }: GuestOptions, me
 }
 
 /** Continues prompts with a checkpoint's model and tokenizer. Throws CHECKPOINT_INVALID, TOKENIZER_INVALID, DEVICE_MEMORY, ... */
-export async function generate({ device, worker, signals }: GuestOptions, message: Message<'generate'>): Promise<Result<'generate'>> {
+export function generate({ device, worker, signals }: GuestOptions, message: Message<'generate'>): Result<'generate'> {
   const { checkpoint, prompts, maxTokens, ntkAlpha, ...sampling } = message;
-  const tokenizer = await Tokenizer.load(join(checkpoint, 'tokenizer.json'));
+  const tokenizer = Tokenizer.load(join(checkpoint, 'tokenizer.json'));
   return using(CheckpointReader.open(checkpoint, { verify: true }), (reader) => {
     const model = ntkAlpha === null ? reader.model : { ...reader.model, ntkAlpha };
-    const encoded = prompts.map((prompt) => tokenizer.encode(prompt));
+    // Documents begin with <bos>: an empty prompt asks for the beginning of one.
+    const beginning = tokenizer.bosId ?? tokenizer.eosId ?? 0;
+    const encoded = prompts.map((prompt) => (prompt === '' ? [beginning] : tokenizer.encode(prompt)));
     const capacity = Math.max(...encoded.map((tokens) => tokens.length)) + maxTokens;
     return using(new Decoder(device, { model, precision: 'fp32', capacity, batch: prompts.length }), (decoder) => {
       decoder.loadWeights(reader);

@@ -36,13 +36,12 @@ describe('exchange: redis', () => {
   let orders: (() => void) | null;
 
   before(async () => {
-    world = new World({ exchange: { chunkBytes: CHUNK * 4, concurrency: 3, timeoutMs: 500, outageMs: 600 } });
-    await world.startRedis();
-    exchange = new RedisExchange({ url: world.url, config: world.config, beat: () => orders?.() });
+    world = await World.start({ exchange: { chunkBytes: CHUNK * 4, concurrency: 3, timeoutMs: 500, outageMs: 600 } });
+    exchange = new RedisExchange({ url: world.config.redis.exchangeUrl, config: world.config, beat: () => orders?.() });
   });
   beforeEach(async () => {
     orders = null;
-    await world.redis.flushall();
+    await world.clear();
   });
   after(async () => {
     exchange.close();
@@ -94,27 +93,27 @@ describe('exchange: redis', () => {
 
   it('says GRADIENT_LOST of a missing chunk, and is not complete', async () => {
     await exchange.upload('a', source(values(3 * CHUNK)));
-    await world.redis.del('a:1');
+    await world.exchange.del('a:1');
     expect(await exchange.complete('a', 3 * CHUNK)).to.equal(false);
     expect(await codeOf(exchange.download('a', sink(new Float32Array(3 * CHUNK))))).to.equal('GRADIENT_LOST');
   });
 
   it('says GRADIENT_LOST of every single damaged byte of a chunk, header or payload', async () => {
     await exchange.upload('a', source(values(8)));
-    const good = (await world.redis.getBuffer('a:0'))!;
+    const good = (await world.exchange.getBuffer('a:0'))!;
     for (let at = 0; at < good.length; at++) {
       const bad = Buffer.from(good);
       bad[at]! ^= 0x10;
-      await world.redis.set('a:0', bad);
+      await world.exchange.set('a:0', bad);
       expect(await codeOf(exchange.download('a', sink(new Float32Array(8)))), `byte ${at}`).to.equal('GRADIENT_LOST');
     }
-    await world.redis.set('a:0', good.subarray(0, good.length - 4));
+    await world.exchange.set('a:0', good.subarray(0, good.length - 4));
     expect(await codeOf(exchange.download('a', sink(new Float32Array(8)))), 'a short chunk').to.equal('GRADIENT_LOST');
   });
 
   it('says GRADIENT_LOST of a chunk in another one’s place, and of undamaged chunks of other bits', async () => {
     await exchange.upload('a', source(values(2 * CHUNK)));
-    await world.redis.copy('a:0', 'a:1', 'REPLACE');
+    await world.exchange.copy('a:0', 'a:1', 'REPLACE');
     expect(await codeOf(exchange.download('a', sink(new Float32Array(2 * CHUNK))))).to.equal('GRADIENT_LOST');
     await exchange.upload('b', source(values(CHUNK), OTHER));
     expect(await codeOf(exchange.download('b', sink(new Float32Array(CHUNK), DIGEST)))).to.equal('GRADIENT_LOST');
@@ -134,10 +133,10 @@ describe('exchange: redis', () => {
       await exchange.seal(key, 'sealed');
     }
     await exchange.remove(['p:x:r1:a', 'p:x:none'], 2 * CHUNK);
-    expect((await world.redis.keys('p:x:r1:*')).sort()).to.deep.equal(['p:x:r1:b', 'p:x:r1:b:0', 'p:x:r1:b:1']);
+    expect((await world.exchange.keys('p:x:r1:*')).sort()).to.deep.equal(['p:x:r1:b', 'p:x:r1:b:0', 'p:x:r1:b:1']);
     expect(await exchange.removeAll('p:x:r1:')).to.equal(3);
-    expect(await world.redis.keys('p:x:r1:*')).to.deep.equal([]);
-    expect((await world.redis.keys('p:x:r2:*')).length).to.equal(3);
+    expect(await world.exchange.keys('p:x:r1:*')).to.deep.equal([]);
+    expect((await world.exchange.keys('p:x:r2:*')).length).to.equal(3);
     expect(await exchange.removeAll('p:x:r?:')).to.equal(0);
   });
 
@@ -154,19 +153,19 @@ describe('exchange: redis', () => {
 
   it('says TIMEOUT when a connected Redis does not answer, and works on after it', async () => {
     await exchange.seal('a', 'before');
-    await world.redis.call('CLIENT', 'PAUSE', '1200', 'ALL');
+    await world.exchange.call('CLIENT', 'PAUSE', '1200', 'ALL');
     expect(await codeOf(exchange.texts(['a']))).to.equal('TIMEOUT');
     const texts = await eventually('an answer', () => exchange.texts(['a']).catch(() => undefined));
     expect(texts).to.deep.equal(['before']);
   });
 
   it('waits through an outage, and says REDIS_UNAVAILABLE of one that is too long', async () => {
-    await world.stopRedis();
+    await world.killRedis();
     const waiting = exchange.upload('a', source(values(CHUNK)));
     await world.startRedis();
     await waiting;
     expect(await exchange.complete('a', CHUNK)).to.equal(true);
-    await world.stopRedis();
+    await world.killRedis();
     expect(await codeOf(exchange.texts(['a']))).to.equal('REDIS_UNAVAILABLE');
     await world.startRedis();
     expect(await exchange.texts(['a'])).to.deep.equal([null]);

@@ -1,10 +1,7 @@
 /**
- * What the system tests of workers share: a private Redis on a socket, a small token file, run specs of preset `tiny`, and the
+ * What the system tests of workers share: a config for the test Redis, a small token file, run specs of preset `tiny`, and the
  * orchestrator's part of the protocol done by hand (control keys, jobs). Used by test/system/worker-*.test.ts.
  */
-import { spawn } from 'node:child_process';
-import type { ChildProcess } from 'node:child_process';
-import { once } from 'node:events';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -19,6 +16,8 @@ import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
 import type { Config } from '../../config/schema.ts';
 import { TokenFileWriter } from '../../data/token-file.ts';
+import { startTestRedis } from '../support/redis.ts';
+import type { TestRedis } from '../support/redis.ts';
 
 /** Waits until `probe` gives something, looking every few milliseconds; throws after `limitMs`, naming `what`. */
 export async function eventually<Value>(what: string, probe: () => Value | undefined | Promise<Value | undefined>, limitMs = 20_000): Promise<Value> {
@@ -31,49 +30,58 @@ export async function eventually<Value>(what: string, probe: () => Value | undef
   }
 }
 
-/** One directory, one Redis in it, and a config that points there. */
+/** One directory, both Redis servers, and a config that points there. */
 export class World {
-  readonly directory = mkdtempSync(join(tmpdir(), 'nn-'));
-  readonly url = `unix://${join(this.directory, 'r.sock')}`;
+  readonly directory = mkdtempSync(join(tmpdir(), 'nn-worker-'));
   readonly config: Config;
+  /** The Redis of the queues, and that of the exchange. */
   readonly redis: Redis;
+  readonly exchange: Redis;
   readonly names: ReturnType<typeof keys>;
-  #server: ChildProcess | null = null;
+  readonly #servers: TestRedis;
   readonly #queues: { close(): Promise<void> }[] = [];
   readonly #connections: Redis[] = [];
 
-  constructor(overrides: Record<string, object> = {}) {
+  static async start(overrides: Record<string, object> = {}): Promise<World> {
+    return new World(await startTestRedis(), overrides);
+  }
+
+  private constructor(servers: TestRedis, overrides: Record<string, object>) {
+    this.#servers = servers;
+    const { url, exchangeUrl } = servers;
     this.config = loadConfig({
       home: this.directory,
       runs: join(this.directory, 'runs'),
-      redis: { url: this.url, retryMaximumMs: 100, ...overrides['redis'] },
+      redis: { url, exchangeUrl, retryMaximumMs: 100, ...overrides['redis'] },
       exchange: { chunkBytes: 1 << 18, ...overrides['exchange'] },
       worker: { threads: 1, restartBackoffMs: 50, controlPollMs: 100, heartbeatMs: 100, library: 'cpu', ...overrides['worker'] },
       queue: { stalledIntervalMs: 500, lockDurationMs: 2_000, ...overrides['queue'] },
     });
     this.names = keys(this.config.redis.prefix);
     this.redis = this.connect();
+    this.exchange = this.connect(exchangeUrl);
+    this.tokenFile();
   }
 
-  connect(): Redis {
-    const redis = openRedis(this.url, this.config, 'blocking');
+  connect(url = this.#servers.url): Redis {
+    const redis = openRedis(url, this.config, 'blocking');
     this.#connections.push(redis);
     return redis;
   }
 
-  async startRedis(): Promise<void> {
-    const server = spawn('redis-server', ['--port', '0', '--unixsocket', join(this.directory, 'r.sock'), '--save', '', '--dir', this.directory], { stdio: 'ignore' });
-    this.#server = server;
-    await this.redis.ping();
+  startRedis(): Promise<void> {
+    return this.#servers.start();
   }
 
-  /** Kills the Redis; what it held is gone. */
-  async stopRedis(): Promise<void> {
-    const server = this.#server;
-    if (server === null || server.exitCode !== null) return;
-    this.#server = null;
-    server.kill('SIGKILL');
-    await once(server, 'exit');
+  /** SIGKILL: the queues come back with what their disk holds, the exchange empty. */
+  killRedis(): Promise<void> {
+    return this.#servers.kill();
+  }
+
+  /** Deletes everything in both. */
+  async clear(): Promise<void> {
+    await this.redis.flushall();
+    await this.exchange.flushall();
   }
 
   /** A BullMQ queue and its events, closed at the end. */
@@ -96,7 +104,7 @@ export class World {
   async stop(): Promise<void> {
     await Promise.all(this.#queues.map((each) => each.close()));
     for (const redis of this.#connections) redis.disconnect();
-    await this.stopRedis();
+    await this.#servers.stop();
     rmSync(this.directory, { recursive: true, force: true });
   }
 

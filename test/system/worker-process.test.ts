@@ -2,8 +2,11 @@
  * Workers as processes: the supervisor keeps them alive, they serve BullMQ jobs one at a time, heed the control channel, drain
  * on SIGTERM, and lose nothing when they are killed. Real processes, real Redis, real native library.
  */
+import { fork } from 'node:child_process';
 import { once } from 'node:events';
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { expect } from 'chai';
 import type { Job, Queue, QueueEvents } from 'bullmq';
 import { FlowProducer } from 'bullmq';
@@ -11,10 +14,24 @@ import { decodeFailure } from '../../config/errors.ts';
 import { workerQueue } from '../../config/keys.ts';
 import { parseResult } from '../../config/messages.ts';
 import type { Result, WorkerRecord } from '../../config/messages.ts';
+import { PRESETS } from '../../config/presets.ts';
 import type { RunSpec } from '../../config/run-spec.ts';
+import { trainTokenizer } from '../../data/tokenizer.ts';
 import { startSupervisor } from '../../workers/main.ts';
 import type { Supervisor, SupervisorEvent, SupervisorOptions } from '../../workers/main.ts';
 import { World, eventually, originOf } from './worker-helpers.ts';
+
+/** A model whose step takes seconds on one core. */
+const PRESETS_WIDE = { ...PRESETS.demo, vocabSize: 512, hiddenSize: 512, headSize: 128, ffnSize: 2048 };
+
+const isAlive = (pid: number): boolean => {
+  try {
+    return process.kill(pid, 0);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ESRCH') return false;
+    throw error;
+  }
+};
 
 type Exit = Extract<SupervisorEvent, { type: 'exited' }>;
 
@@ -58,15 +75,13 @@ describe('worker processes', function () {
     queue.add('steps', { ...originOf(spec), fromStep, stepCount }, options);
 
   before(async () => {
-    world = new World();
-    world.tokenFile();
-    await world.startRedis();
+    world = await World.start();
   });
   afterEach(async () => {
     await Promise.all(supervisors.map((supervisor) => supervisor.stop()));
     supervisors = [];
     log = [];
-    await world.redis.flushall();
+    await world.clear();
   });
   after(() => world.stop());
 
@@ -155,7 +170,7 @@ describe('worker processes', function () {
     await outcomeOf('steps', await addSteps(own.queue, local, 0, 4), own.events);
     const reference = await outcomeOf('digest', await own.queue.add('digest', { ...originOf(local), step: 4 }), own.events);
     expect(digests).to.deep.equal([reference.digest, reference.digest]);
-    expect(await world.redis.keys(`${world.names.exchangeOf(spec.name)}shard:*`)).to.deep.equal([]);
+    expect(await world.exchange.keys(`${world.names.exchangeOf(spec.name)}shard:*`)).to.deep.equal([]);
     console.log(`      flow steps of tiny, 4 shards on 2 workers: ${times.map((time) => time.toFixed(1)).join(', ')} ms`);
   });
 
@@ -168,7 +183,7 @@ describe('worker processes', function () {
     await world.control(spec.name, { epoch: 2, command: 'run' });
     const stale = await queue.add('shard', { ...originOf(spec, 1), step: 1, shard: 0 }, { attempts: 5 });
     expect((await failureOf(stale, events)).code).to.equal('CANCELLED');
-    expect(await world.redis.keys(`${world.names.exchangeOf(spec.name)}*`)).to.deep.equal([]);
+    expect(await world.exchange.keys(`${world.names.exchangeOf(spec.name)}*`)).to.deep.equal([]);
     await outcomeOf('shard', await queue.add('shard', { ...originOf(spec, 2), step: 1, shard: 0 }), events);
   });
 
@@ -279,8 +294,8 @@ describe('worker processes', function () {
     const { queue, events } = await world.queue('train');
     const shard = { ...originOf(spec), step: 1, shard: 0 };
     const published = await outcomeOf('shard', await queue.add('shard', shard), events);
-    await world.redis.set(published.key, JSON.stringify({ ...published, digest: 'f'.repeat(32) }));
-    await world.redis.del(`${published.key}:0`);
+    await world.exchange.set(published.key, JSON.stringify({ ...published, digest: 'f'.repeat(32) }));
+    await world.exchange.del(`${published.key}:0`);
     const before = (await record(ids[0]!))!.incarnation;
     const failure = await failureOf(await queue.add('shard', shard), events);
     expect(failure.code).to.equal('REPLICA_DIVERGED');
@@ -293,12 +308,74 @@ describe('worker processes', function () {
     });
   });
 
+  it('die with their supervisor', async () => {
+    const child = fork(fileURLToPath(new URL('../support/worker-supervisor.js', import.meta.url)));
+    const heard = once(child, 'message');
+    child.send({ config: world.config, count: 2 });
+    const [pids] = (await heard) as [number[]];
+    expect(pids).to.have.lengthOf(2);
+    child.kill('SIGKILL');
+    for (const pid of pids) await eventually(`the end of ${pid}`, () => (isAlive(pid) ? undefined : true));
+  });
+
+  it('exit when a native call hangs, having failed its job, and come back', async () => {
+    const config = { ...world.config, worker: { ...world.config.worker, callTimeoutMs: 1_000 } };
+    const { ids } = await start({ config });
+    // One microbatch of this spec takes many times the timeout on one core.
+    const spec = newSpec('hung', { model: PRESETS_WIDE, batch: { shards: 1, microBatches: 1, sequences: 8, sequenceLength: 512 }, recompute: 'layer' });
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
+    const failure = await failureOf(await addSteps(queue, spec, 0, 1), events);
+    expect(failure).to.deep.include({ code: 'DEVICE_FAULT', context: { hung: true } });
+    const exit = await eventually('the exit', () => exits()[0]);
+    expect(exit).to.include({ signal: 'SIGKILL' });
+    expect(exit.error!.code).to.equal('DEVICE_FAULT');
+    await eventually('another process', () => log.filter(({ type }) => type === 'ready').at(1));
+  });
+
+  it('evaluate a checkpoint and continue prompts with it, beside a replica', async () => {
+    const { ids } = await start();
+    const text = join(world.directory, 'text.txt');
+    const words = Array.from({ length: 20_000 }, (_, index) => `w${((index * 7919) % 997).toString(36)}`);
+    writeFileSync(text, words.join(' '));
+    const tokenizer = join(world.directory, 'tokenizer.json');
+    await trainTokenizer({ inputs: [text], output: tokenizer, vocabSize: 512 });
+    const base = newSpec('served');
+    const spec = { ...base, data: { ...base.data, tokenizer } };
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const own = await world.queue(workerQueue('train', ids[0]!));
+    await outcomeOf('steps', await addSteps(own.queue, spec, 0, 3), own.events);
+    const directory = join(world.directory, 'served', 'step-3');
+    await outcomeOf('checkpoint', await own.queue.add('checkpoint', { ...originOf(spec), step: 3, directory }), own.events);
+    const evals = await world.queue('eval');
+    const message = { data: spec.data.train, sequences: 5, sequenceLength: 32 };
+    const ofReplica = await outcomeOf('eval', await evals.queue.add('eval', { ...message, replica: { ...originOf(spec), step: 3 }, checkpoint: null }), evals.events);
+    const ofCheckpoint = await outcomeOf('eval', await evals.queue.add('eval', { ...message, replica: null, checkpoint: directory }), evals.events);
+    expect(ofCheckpoint.step).to.equal(3);
+    expect(ofCheckpoint.targetTokens).to.equal(5 * 32);
+    expect(ofCheckpoint.loss).to.be.closeTo(ofReplica.loss!, 1e-5);
+    const generating = await world.queue('generate');
+    const generate = async (more: object): Promise<Result<'generate'>> => {
+      const job = await generating.queue.add('generate', { checkpoint: directory, prompts: ['w1 w2', ''], maxTokens: 12, method: 'greedy', ...more });
+      return parseResult('generate', await job.waitUntilFinished(generating.events, 40_000));
+    };
+    const greedy = await generate({});
+    expect(greedy.completions).to.have.lengthOf(2);
+    for (const { tokens, text: continued } of greedy.completions) expect(tokens.length > 0 ? continued.length : 1).to.be.greaterThan(0);
+    expect(Math.max(...greedy.completions.map(({ tokens }) => tokens.length))).to.be.within(1, 12);
+    expect((await generate({})).completions).to.deep.equal(greedy.completions);
+    expect((await generate({ ntkAlpha: 8, method: 'top-k', seed: 3 })).completions).to.have.lengthOf(2);
+    // The replica is as it was.
+    const more = await outcomeOf('steps', await addSteps(own.queue, spec, 3, 2), own.events);
+    expect(more.stepsDone).to.equal(2);
+  });
+
   it('wait for a Redis that was away, and serve again', async () => {
     const { ids } = await start();
     const before = (await record(ids[0]!))!;
-    await world.stopRedis();
+    await world.killRedis();
     await world.startRedis();
-    await eventually('a heartbeat after the outage', () => record(ids[0]!));
+    await eventually('a heartbeat after the outage', async () => ((await record(ids[0]!))!.heartbeatAtMs > before.heartbeatAtMs ? true : undefined));
     const spec = newSpec('after-outage');
     await world.control(spec.name, { epoch: 0, command: 'run' });
     const { queue, events } = await world.queue('train');

@@ -23,7 +23,7 @@ class Bench {
   readonly replica: Replica;
 
   constructor(world: World, spec: RunSpec, worker: string) {
-    this.exchange = new RedisExchange({ url: world.url, config: world.config, beat: () => this.signals.check() });
+    this.exchange = new RedisExchange({ url: world.config.redis.exchangeUrl, config: world.config, beat: () => this.signals.check() });
     this.replica = new Replica({ device: this.device, exchange: this.exchange, signals: this.signals, config: world.config, worker, run: spec.name, spec });
   }
 
@@ -84,13 +84,11 @@ describe('replica', () => {
   };
 
   before(async () => {
-    world = new World();
-    world.tokenFile();
-    await world.startRedis();
+    world = await World.start();
   });
   afterEach(async () => {
     for (const each of benches.splice(0)) each.close();
-    await world.redis.flushall();
+    await world.clear();
   });
   after(() => world.stop());
 
@@ -143,7 +141,7 @@ describe('replica', () => {
     const directory = join(world.directory, 'catch-up', 'step-4');
     await late.replica.bringTo(4, originOf(spec));
     await late.replica.checkpoint({ ...originOf(spec), step: 4, directory });
-    await world.redis.del(world.names.reducedGradient(spec.name, 2));
+    await world.exchange.del(world.names.reducedGradient(spec.name, 2));
     const joiner = bench(spec);
     expect(await codeOf(joiner.replica.bringTo(5, originOf(spec)))).to.equal('GRADIENT_LOST');
     expect(await digestAt(spec, joiner, 5, { directory, step: 4 }), 'from a checkpoint').to.equal(digest);
@@ -197,7 +195,7 @@ describe('replica', () => {
     const second = await b.replica.shard({ ...job, epoch: 3 });
     expect(second).to.deep.equal(first);
     expect(b.replica.step, 'nothing was computed').to.equal(null);
-    await world.redis.del(`${first.key}:1`);
+    await world.exchange.del(`${first.key}:1`);
     const third = await b.replica.shard({ ...job, epoch: 3 });
     expect(third).to.include({ worker: 'w1', epoch: 3, digest: first.digest });
   });
@@ -207,8 +205,8 @@ describe('replica', () => {
     const one = bench(spec);
     const job = { ...originOf(spec), step: 1, shard: 0 };
     const result = await one.replica.shard(job);
-    await world.redis.set(result.key, JSON.stringify({ ...result, digest: 'f'.repeat(32) }));
-    await world.redis.del(`${result.key}:0`);
+    await world.exchange.set(result.key, JSON.stringify({ ...result, digest: 'f'.repeat(32) }));
+    await world.exchange.del(`${result.key}:0`);
     expect(await codeOf(one.replica.shard(job))).to.equal('REPLICA_DIVERGED');
   });
 
@@ -219,13 +217,13 @@ describe('replica', () => {
     const origin = originOf(spec);
     for (let shard = 0; shard < 4; shard++) await one.replica.shard({ ...origin, step: 1, shard });
     const key = (shard: number): string => world.names.shardGradient(spec.name, 1, shard);
-    const chunk = (await world.redis.getBuffer(`${key(1)}:0`))!;
+    const chunk = (await world.exchange.getBuffer(`${key(1)}:0`))!;
     chunk[100]! ^= 4;
-    await world.redis.set(`${key(1)}:0`, chunk);
-    await world.redis.del(`${key(3)}:1`, key(0));
+    await world.exchange.set(`${key(1)}:0`, chunk);
+    await world.exchange.del(`${key(3)}:1`, key(0));
     await one.replica.reduce({ ...origin, step: 1, shardCount: 4 });
     expect(await digestAt(spec, one, 1)).to.equal(digest);
-    expect(await world.redis.keys(`${world.names.exchangeOf(spec.name)}shard:*`), 'shards are deleted').to.deep.equal([]);
+    expect(await world.exchange.keys(`${world.names.exchangeOf(spec.name)}shard:*`), 'shards are deleted').to.deep.equal([]);
   });
 
   it('withdraws a damaged sum and says GRADIENT_LOST; summed again it serves', async () => {
@@ -234,11 +232,11 @@ describe('replica', () => {
     const [a, b, c] = [bench(spec), bench(spec), bench(spec)];
     await flowStep(spec, 1, [a]);
     const key = world.names.reducedGradient(spec.name, 1);
-    const chunk = (await world.redis.getBuffer(`${key}:1`))!;
+    const chunk = (await world.exchange.getBuffer(`${key}:1`))!;
     chunk[33]! ^= 1;
-    await world.redis.set(`${key}:1`, chunk);
+    await world.exchange.set(`${key}:1`, chunk);
     expect(await codeOf(b.replica.bringTo(1, originOf(spec)))).to.equal('GRADIENT_LOST');
-    expect(await world.redis.keys(`${key}*`)).to.deep.equal([]);
+    expect(await world.exchange.keys(`${key}*`)).to.deep.equal([]);
     expect(b.replica.step).to.equal(0);
     await flowStep(spec, 1, [c]);
     await b.replica.bringTo(1, originOf(spec));
@@ -255,17 +253,15 @@ describe('replica', () => {
   });
 
   it('keeps the newest sums only, as many as the log may hold, and says how far back they go', async () => {
-    const small = new World({ exchange: { logBytes: 0 } });
+    const small = await World.start({ exchange: { logBytes: 0 } });
     try {
-      small.tokenFile();
-      await small.startRedis();
       const spec = small.spec('bounded');
       const one = new Bench(small, spec, 'w');
       benches.push(one);
       for (let step = 1; step <= 5; step++) await flowStep(spec, step, [one]);
-      const sums = (await small.redis.keys(`${small.names.exchangeOf(spec.name)}sum:*`)).filter((key) => /:sum:\d+$/.test(key));
+      const sums = (await small.exchange.keys(`${small.names.exchangeOf(spec.name)}sum:*`)).filter((key) => /:sum:\d+$/.test(key));
       expect(sums.sort()).to.deep.equal([small.names.reducedGradient(spec.name, 4), small.names.reducedGradient(spec.name, 5)]);
-      expect(JSON.parse((await small.redis.get(`${small.names.exchangeOf(spec.name)}log`))!)).to.deep.equal({ first: 4, last: 5 });
+      expect(JSON.parse((await small.exchange.get(`${small.names.exchangeOf(spec.name)}log`))!)).to.deep.equal({ first: 4, last: 5 });
     } finally {
       await small.stop();
     }
@@ -299,7 +295,7 @@ describe('replica', () => {
     one.signals.command = 'drop';
     expect(await codeOf(one.replica.shard({ ...originOf(spec), step: 1, shard: 0 }))).to.equal('CANCELLED');
     expect(await codeOf(one.replica.steps({ ...originOf(spec), fromStep: 0, stepCount: 1 }, () => undefined))).to.equal('CANCELLED');
-    expect(await world.redis.keys('*')).to.deep.equal([]);
+    expect(await world.exchange.keys('*')).to.deep.equal([]);
   });
 
   it('reports steps again that it has done already when their job comes twice', async () => {

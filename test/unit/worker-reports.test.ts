@@ -1,6 +1,6 @@
 /** Sums of reports do not depend on who computed what; pauses, commands and the log's length are what their tables say. */
 import { expect } from 'chai';
-import fc from 'fast-check';
+import { array, assert, constantFrom, double, property } from 'fast-check';
 import { parseResult } from '../../config/messages.ts';
 import type { ShardReport } from '../../config/messages.ts';
 import { loadConfig } from '../../config/schema.ts';
@@ -15,9 +15,9 @@ const microbatch = (lossSum: number): MicrobatchNumbers => ({ lossSum, targetTok
 
 describe('reports of workers', () => {
   it('are the same bits whether shards travelled as JSON or not', () => {
-    const any = fc.double({ noNaN: true, noDefaultInfinity: true });
-    fc.assert(
-      fc.property(fc.array(fc.array(any, { minLength: 3, maxLength: 3 }), { minLength: 1, maxLength: 6 }), (losses) => {
+    const any = double({ noNaN: true, noDefaultInfinity: true });
+    assert(
+      property(array(array(any, { minLength: 3, maxLength: 3 }), { minLength: 1, maxLength: 6 }), (losses) => {
         const shards = losses.map((shard) => sumMicrobatches(shard.map(microbatch)));
         const travelled = JSON.parse(JSON.stringify(shards)) as ShardReport[];
         expect(sumShards(1, travelled, 6, outcome, 1)).to.deep.equal(sumShards(1, shards, 6, outcome, 1));
@@ -60,7 +60,7 @@ describe('commands of workers', () => {
   });
 
   it('are ordered by strength', () => {
-    fc.assert(fc.property(fc.constantFrom(...COMMANDS), fc.constantFrom(...COMMANDS), (a, b) => {
+    assert(property(constantFrom(...COMMANDS), constantFrom(...COMMANDS), (a, b) => {
       expect(COMMANDS.indexOf(stronger(a, b))).to.equal(Math.max(COMMANDS.indexOf(a), COMMANDS.indexOf(b)));
     }));
   });

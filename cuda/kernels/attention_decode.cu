@@ -1,0 +1,161 @@
+/* attention_decode.cu: attention of one new query for each sequence over a long cache. The cache is split over blocks; a block's warps
+ * take tiles of 32 keys with all heads of a group as the rows of one product, so that keys and values are read once. The splits are
+ * merged in order by a second kernel.
+ * "Flash-Decoding", Dao et al., 2023.
+ */
+#include "attention_tiles.cuh"
+
+const int KEYS = 32; /* of one warp's tile */
+
+/* ---- kernels ------------------------------------------------------------------------------------------------- */
+
+/* partial [B, Q, splits, D + 2] float32: the unnormalised output, the maximum (of scaled scores, base 2) and the sum. */
+template <int D, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32) decode_split_kernel(float *partial, const Attention a) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, split = blockIdx.x, splits = gridDim.x;
+  const int b = blockIdx.y / a.G, g = blockIdx.y % a.G, heads = a.Q / a.G;
+  bf16 *sq = (bf16 *)memory, *sk = sq + 16 * (D + 8) + warp * 4 * KEYS * (D + 8), *sv = sk + 2 * KEYS * (D + 8);
+  const int64_t count = min((int64_t)(a.start ? a.start[b] : 0) + 1, a.capacity), head = (int64_t)b * a.kv_batch + (int64_t)g * D;
+  const int64_t chunk = ((count + splits - 1) / splits + KEYS - 1) / KEYS * KEYS, first = split * chunk, last = min(first + chunk, count);
+  const bf16 *k = (const bf16 *)a.k + head, *v = (const bf16 *)a.v + head;
+  const int tiles = first < last ? (int)((last - first + KEYS - 1) / KEYS) : 0;
+  auto fetch = [&](int t, int stage) {
+    if (t < tiles) {
+      int64_t j0 = first + (int64_t)t * KEYS;
+      load_tile<D, KEYS, 32>(sk + stage * KEYS * (D + 8), k + j0 * a.kv_row, a.kv_row, last - j0, lane);
+      load_tile<D, KEYS, 32>(sv + stage * KEYS * (D + 8), v + j0 * a.kv_row, a.kv_row, last - j0, lane);
+    }
+    cp_async_commit();
+  };
+  load_tile<D, 16, WARPS * 32>(sq, (const bf16 *)a.q + (int64_t)b * a.q_row + (int64_t)g * heads * D, D, heads);
+  fetch(warp, 0);
+  cp_async_wait<0>();
+  __syncthreads();
+  uint32_t fq[D / 16][4];
+#pragma unroll
+  for (int d = 0; d < D / 16; d++) load_a<D>(fq[d], sq, 0, d * 16);
+  const float factor = a.scale * LOG2_E;
+  float o[D / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+  int stage = 0;
+  for (int t = warp; t < tiles; t += WARPS, stage ^= 1) {
+    fetch(t + WARPS, stage ^ 1);
+    cp_async_wait<1>();
+    __syncwarp();
+    const bf16 *tk = sk + stage * KEYS * (D + 8), *tv = sv + stage * KEYS * (D + 8);
+    float s[KEYS / 8][4] = {};
+#pragma unroll
+    for (int n = 0; n < KEYS / 16; n++)
+#pragma unroll
+      for (int d = 0; d < D / 16; d++) {
+        uint32_t f[4];
+        load_b<D>(f, tk, n * 16, d * 16);
+        mma_pair(s[2 * n], s[2 * n + 1], fq[d], f);
+      }
+    const int64_t there = last - (first + (int64_t)t * KEYS);
+    float top[2] = {maximum[0], maximum[1]};
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        s[n][e] = n * 8 + (lane & 3) * 2 + (e & 1) < there ? s[n][e] * factor : -INFINITY;
+        top[e >> 1] = fmaxf(top[e >> 1], s[n][e]);
+      }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+      float old = exp2_fast(maximum[r] - top[r]);
+      maximum[r] = top[r];
+      sum[r] *= old;
+#pragma unroll
+      for (int d = 0; d < D / 8; d++) o[d][2 * r] *= old, o[d][2 * r + 1] *= old;
+    }
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        s[n][e] = exp2_fast(s[n][e] - top[e >> 1]);
+        sum[e >> 1] += s[n][e];
+      }
+#pragma unroll
+    for (int n = 0; n < KEYS / 16; n++) {
+      uint32_t p[4];
+      accumulator_as_a(p, s, n);
+#pragma unroll
+      for (int d = 0; d < D / 16; d++) {
+        uint32_t f[4];
+        load_b_transposed<D>(f, tv, n * 16, d * 16);
+        mma_pair(o[2 * d], o[2 * d + 1], p, f);
+      }
+    }
+    __syncwarp();
+  }
+  cp_async_wait<0>();
+  __syncthreads(); /* the tiles' memory now holds each warp's result: [warp][16 heads][D + 2] */
+  float *results = (float *)memory, *mine = results + warp * 16 * (D + 2);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
+    sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+    float *row = mine + ((lane >> 2) + r * 8) * (D + 2);
+#pragma unroll
+    for (int d = 0; d < D / 8; d++) row[d * 8 + (lane & 3) * 2] = o[d][2 * r], row[d * 8 + (lane & 3) * 2 + 1] = o[d][2 * r + 1];
+    if ((lane & 3) == 0) row[D] = maximum[r], row[D + 1] = sum[r];
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < heads * (D + 2); e += WARPS * 32) {
+    int h = e / (D + 2), d = e % (D + 2);
+    float top = -INFINITY, total = 0.0f;
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, results[(w * 16 + h) * (D + 2) + D]);
+    for (int w = 0; w < WARPS; w++) {
+      const float *row = results + (w * 16 + h) * (D + 2);
+      if (row[D] != -INFINITY) total += row[d] * exp2_fast(row[D] - top);
+    }
+    partial[(((int64_t)b * a.Q + g * heads + h) * splits + split) * (D + 2) + d] = d == D ? top : total;
+  }
+}
+
+/* out [B, Q*D]: the splits of one (sequence, head), in order; one thread an element of the head. */
+__global__ void decode_merge_kernel(bf16 *out, const float *partial, int splits, int D) {
+  const float *rows = partial + (int64_t)blockIdx.x * splits * (D + 2);
+  float top = -INFINITY, sum = 0.0f, total = 0.0f;
+  for (int s = 0; s < splits; s++) top = fmaxf(top, rows[s * (D + 2) + D]);
+  for (int s = 0; s < splits; s++) {
+    const float *row = rows + s * (D + 2);
+    if (row[D] == -INFINITY) continue;
+    float weight = exp2_fast(row[D] - top);
+    total += row[threadIdx.x] * weight;
+    sum += row[D + 1] * weight;
+  }
+  out[(int64_t)blockIdx.x * D + threadIdx.x] = from_float<bf16>(total / sum);
+}
+
+/* ---- launchers ----------------------------------------------------------------------------------------------- */
+
+int nn_decode_splits(nn_context *context, const Attention &a) {
+  int64_t splits = ceil_div(2 * context->multiprocessors, (int64_t)a.B * a.G), most = ceil_div(a.capacity, 128);
+  if (splits > most) splits = most;
+  return (int)(splits < 1 ? 1 : splits > 128 ? 128 : splits);
+}
+
+template <int D, int WARPS>
+static nn_status run_decode(nn_context *context, void *out, const Attention &a) {
+  int splits = nn_decode_splits(context, a), bytes = (16 + WARPS * 4 * KEYS) * (D + 8) * 2;
+  Scratch scratch(context);
+  float *partial = scratch.take<float>((int64_t)a.B * a.Q * splits * (D + 2));
+  NN_SCRATCH(context, scratch);
+  NN_CUDA(context, cudaFuncSetAttribute(decode_split_kernel<D, WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  decode_split_kernel<D, WARPS><<<dim3(splits, a.B * a.G), WARPS * 32, bytes, context->stream>>>(partial, a);
+  decode_merge_kernel<<<a.B * a.Q, D, 0, context->stream>>>((bf16 *)out, partial, splits, D);
+  return NN_OK;
+}
+
+nn_status nn_attention_decode(nn_context *context, void *out, const Attention &a) {
+  switch (a.D) {
+    case 16: return run_decode<16, 4>(context, out, a);
+    case 32: return run_decode<32, 4>(context, out, a);
+    case 64: return run_decode<64, 4>(context, out, a);
+    default: return run_decode<128, 2>(context, out, a);
+  }
+}

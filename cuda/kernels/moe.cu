@@ -1,0 +1,189 @@
+/* moe.cu: the mixture of experts: sorting slots by expert, the grouped products as Products (gather in the loads, SwiGLU in the
+ * epilogues), and the sum of a token's slots in the order of its choices. Offsets are read on the device only.
+ */
+#include "product.cuh"
+#include "sort.cuh"
+
+/* ---- kernels ------------------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ int expert_of(const int32_t *index, int64_t slot, int64_t slots, int experts) {
+  if (slot >= slots) return -1;
+  int e = index[slot];
+  return e < 0 || e >= experts ? 0 : e;
+}
+
+/* histogram [blocks, E]: slots of each expert in each block of 1024 slots. */
+__global__ void __launch_bounds__(1024) permute_count_kernel(int32_t *histogram, const int32_t *index, int64_t slots, int experts) {
+  extern __shared__ uint16_t counts[];
+  __shared__ int total[SORT_BINS];
+  block_rank(expert_of(index, (int64_t)blockIdx.x * SORT_BLOCK + threadIdx.x, slots, experts), experts, counts, total);
+  for (int b = threadIdx.x; b < experts; b += SORT_BLOCK) histogram[(int64_t)blockIdx.x * experts + b] = total[b];
+}
+
+__global__ void __launch_bounds__(1024)
+    permute_place_kernel(int32_t *slot_token, float *slot_weight, int32_t *slot_of, int32_t *load, const int32_t *place,
+                         const int32_t *offsets, const int32_t *index, const float *weight, int64_t slots, int experts, int K) {
+  extern __shared__ uint16_t counts[];
+  __shared__ int total[SORT_BINS];
+  int64_t slot = (int64_t)blockIdx.x * SORT_BLOCK + threadIdx.x;
+  int e = expert_of(index, slot, slots, experts), rank = block_rank(e, experts, counts, total);
+  if (e >= 0) {
+    int at = place[(int64_t)blockIdx.x * experts + e] + rank;
+    slot_token[at] = (int32_t)(slot / K);
+    slot_weight[at] = weight[slot];
+    slot_of[slot] = at;
+  }
+  if (blockIdx.x == 0)
+    for (int b = threadIdx.x; b < experts; b += SORT_BLOCK) load[b] = offsets[b + 1] - offsets[b];
+}
+
+/* out [T, H]: N columns a thread, choices in their order. */
+template <typename T, int N>
+__global__ void combine_kernel(T *out, const T *base, const T *y, const float *weight, const int32_t *slot_of, int64_t tokens, int H, int K) {
+  int packs = H / N;
+  for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < tokens * packs; i += (int64_t)gridDim.x * blockDim.x) {
+    int64_t t = i / packs, column = (i - t * packs) * N;
+    float sum[N] = {};
+    for (int k = 0; k < K; k++) {
+      Pack<T, N> piece = load_pack<T, N>(y + (int64_t)slot_of[t * K + k] * H + column);
+      float w = weight ? weight[t * K + k] : 1.0f;
+#pragma unroll
+      for (int j = 0; j < N; j++) sum[j] += w * to_float(piece.v[j]);
+    }
+    Pack<T, N> result;
+    if (base) {
+      Pack<T, N> b = load_pack<T, N>(base + t * H + column);
+#pragma unroll
+      for (int j = 0; j < N; j++) sum[j] = to_float(b.v[j]) + sum[j];
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) result.v[j] = from_float<T>(sum[j]);
+    store_pack<T, N>(out + t * H + column, result);
+  }
+}
+
+/* dweight [slots] (by token and choice) = the parts of its sorted slot's dh . h, in the order of the columns. */
+__global__ void sum_dots_kernel(float *dweight, const float *row_dots, const int32_t *slot_of, int64_t slots, int parts) {
+  int64_t slot = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (slot >= slots) return;
+  const float *dots = row_dots + (int64_t)slot_of[slot] * parts;
+  float sum = 0.0f;
+  for (int i = 0; i < parts; i++) sum += dots[i];
+  dweight[slot] = sum;
+}
+
+/* ---- launchers ----------------------------------------------------------------------------------------------- */
+
+#define MOE_SIZES_FIT (T >= 0 && H >= 0 && F >= 0 && E >= 1 && E < (1 << 20) && K >= 0 && valid(dtype))
+
+extern "C" {
+
+nn_status nn_moe_permute(nn_context *context, int32_t *offsets, int32_t *load, int32_t *slot_token, float *slot_weight, int32_t *slot_of,
+                         const int32_t *index, const float *weight, int64_t T, int64_t E, int64_t K) {
+  NN_ENTER(context, T >= 0 && E >= 1 && K >= 0 && T * K < (1ll << 31) - SORT_BLOCK);
+  if (E > SORT_BINS)
+    return nn_fail(context, NN_ERROR_UNSUPPORTED, "nn_moe_permute: %lld experts; the CUDA library sorts up to %d", (long long)E, SORT_BINS);
+  int64_t slots = T * K, blocks = ceil_div(slots, SORT_BLOCK);
+  if (slots == 0) {
+    NN_CUDA(context, cudaMemsetAsync(offsets, 0, (E + 1) * 4, context->stream));
+    NN_CUDA(context, cudaMemsetAsync(load, 0, E * 4, context->stream));
+    return NN_OK;
+  }
+  Scratch scratch(context);
+  int32_t *histogram = scratch.take<int32_t>(blocks * E);
+  NN_SCRATCH(context, scratch);
+  size_t shared = 32 * E * sizeof(uint16_t);
+  permute_count_kernel<<<(unsigned)blocks, SORT_BLOCK, shared, context->stream>>>(histogram, index, slots, (int)E);
+  sort_scan_kernel<<<1, 1024, 0, context->stream>>>(histogram, offsets, (int)blocks, (int)E);
+  permute_place_kernel<<<(unsigned)blocks, SORT_BLOCK, shared, context->stream>>>(slot_token, slot_weight, slot_of, load, histogram, offsets,
+                                                                                index, weight, slots, (int)E, (int)K);
+  NN_LEAVE(context);
+}
+
+nn_status nn_moe_up_forward(nn_context *context, void *h, void *gate_up, const void *x, const int32_t *slot_token, const int32_t *offsets,
+                            const void *gate_up_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, nn_dtype dtype) {
+  NN_ENTER(context, MOE_SIZES_FIT);
+  Product p = make_product(gate_up, x, gate_up_weight, T * K, F, H, dtype, dtype);
+  p.grouping = GROUP_ROWS, p.groups = (int)E, p.offsets = offsets;
+  p.a_rows = slot_token, p.a_row_count = T, p.b_stride = 2 * F * H;
+  p.epilogue = SWIGLU, p.h_out = h, p.m_fastest = 1;
+  return nn_run_product(context, p, __func__);
+}
+
+nn_status nn_moe_down_forward(nn_context *context, void *y, const void *h, const int32_t *offsets, const void *down_weight, int64_t T,
+                              int64_t H, int64_t F, int64_t E, int64_t K, nn_dtype dtype) {
+  NN_ENTER(context, MOE_SIZES_FIT);
+  Product p = make_product(y, h, down_weight, T * K, H, F, dtype, dtype);
+  p.grouping = GROUP_ROWS, p.groups = (int)E, p.offsets = offsets, p.b_stride = H * F;
+  return nn_run_product(context, p, __func__);
+}
+
+nn_status nn_moe_combine(nn_context *context, void *out, const void *base, const void *y, const float *weight, const int32_t *slot_of,
+                         int64_t T, int64_t H, int64_t K, nn_dtype dtype) {
+  NN_ENTER(context, T >= 0 && H >= 0 && K >= 0 && valid(dtype));
+  if (T > 0 && H > 0)
+    NN_FOR_DTYPE(dtype, X, {
+      const int N = 16 / sizeof(X);
+      bool packs = H % N == 0 && aligned16(out) && aligned16(base) && aligned16(y);
+      int64_t blocks = ceil_div(T * H / (packs ? N : 1), 128);
+      unsigned grid = (unsigned)(blocks < 1 ? 1 : blocks < 65536 ? blocks : 65536);
+      if (packs)
+        combine_kernel<X, N><<<grid, 128, 0, context->stream>>>((X *)out, (const X *)base, (const X *)y, weight, slot_of, T, (int)H, (int)K);
+      else
+        combine_kernel<X, 1><<<grid, 128, 0, context->stream>>>((X *)out, (const X *)base, (const X *)y, weight, slot_of, T, (int)H, (int)K);
+    });
+  NN_LEAVE(context);
+}
+
+nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weighted_h, float *dweight, const void *dout,
+                               const void *gate_up, const void *h, const int32_t *slot_token, const float *slot_weight,
+                               const int32_t *slot_of, const int32_t *offsets, const void *down_weight, int64_t T, int64_t H, int64_t F,
+                               int64_t E, int64_t K, nn_dtype dtype) {
+  NN_ENTER(context, MOE_SIZES_FIT);
+  if (T * K == 0) return NN_OK;
+  Scratch scratch(context);
+  float *row_dots = scratch.take<float>(T * K * most_dot_parts(F));
+  NN_SCRATCH(context, scratch);
+  Product p = make_product(dgate_up, dout, down_weight, T * K, F, H, dtype, dtype);
+  p.grouping = GROUP_ROWS, p.groups = (int)E, p.offsets = offsets;
+  p.a_rows = slot_token, p.a_row_count = T, p.b_mn = 1, p.ldb = F, p.b_stride = H * F;
+  p.epilogue = SWIGLU_BACKWARD, p.gate_up = gate_up, p.h = h, p.weighted_h = weighted_h, p.slot_weight = slot_weight;
+  p.row_dots = row_dots, p.m_fastest = 1;
+  NN_TRY(nn_run_product(context, p, __func__));
+  sum_dots_kernel<<<(unsigned)ceil_div(T * K, 256), 256, 0, context->stream>>>(dweight, row_dots, slot_of, T * K, F > 0 ? p.dot_parts : 0);
+  NN_LEAVE(context);
+}
+
+nn_status nn_moe_down_weight_gradient(nn_context *context, float *ddown_weight, const void *dout, const void *weighted_h,
+                                      const int32_t *slot_token, const int32_t *offsets, int64_t T, int64_t H, int64_t F, int64_t E,
+                                      int64_t K, nn_dtype dtype) {
+  NN_ENTER(context, MOE_SIZES_FIT);
+  if (T * K == 0) return NN_OK;
+  Product p = make_product(ddown_weight, dout, weighted_h, H, F, T * K, NN_F32, dtype);
+  p.a_mn = p.b_mn = 1, p.lda = H, p.ldb = F;
+  p.grouping = GROUP_DEPTH, p.groups = (int)E, p.offsets = offsets;
+  p.a_rows = slot_token, p.a_row_count = T, p.c_stride = H * F, p.beta = 1.0f, p.m_fastest = 1;
+  return nn_run_product(context, p, __func__);
+}
+
+nn_status nn_moe_up_backward(nn_context *context, void *dx_slots, const void *dgate_up, const int32_t *offsets, const void *gate_up_weight,
+                             int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, nn_dtype dtype) {
+  NN_ENTER(context, MOE_SIZES_FIT);
+  Product p = make_product(dx_slots, dgate_up, gate_up_weight, T * K, H, 2 * F, dtype, dtype);
+  p.grouping = GROUP_ROWS, p.groups = (int)E, p.offsets = offsets, p.b_mn = 1, p.ldb = H, p.b_stride = 2 * F * H;
+  return nn_run_product(context, p, __func__);
+}
+
+nn_status nn_moe_up_weight_gradient(nn_context *context, float *dgate_up_weight, const void *dgate_up, const void *x,
+                                    const int32_t *slot_token, const int32_t *offsets, int64_t T, int64_t H, int64_t F, int64_t E,
+                                    int64_t K, nn_dtype dtype) {
+  NN_ENTER(context, MOE_SIZES_FIT);
+  if (T * K == 0) return NN_OK;
+  Product p = make_product(dgate_up_weight, dgate_up, x, 2 * F, H, T * K, NN_F32, dtype);
+  p.a_mn = p.b_mn = 1, p.lda = 2 * F, p.ldb = H;
+  p.grouping = GROUP_DEPTH, p.groups = (int)E, p.offsets = offsets;
+  p.b_rows = slot_token, p.b_row_count = T, p.c_stride = 2 * F * H, p.beta = 1.0f;
+  return nn_run_product(context, p, __func__);
+}
+
+} /* extern "C" */

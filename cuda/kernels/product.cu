@@ -1,0 +1,70 @@
+/* product.cu: checks a Product, chooses its core and splits long depths, so that few tiles still fill the chip. Knows no kernel of
+ * its own but the sum of the splits.
+ */
+#include "product.cuh"
+
+/* ---- kernels ------------------------------------------------------------------------------------------------- */
+
+/* c = alpha * (partial[0] + partial[1] + ... in that order) + beta * c, element by element. */
+template <typename Out>
+__global__ void add_splits_kernel(Out *c, const float *partial, int splits, int64_t count, float alpha, float beta) {
+  int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  float sum = partial[i];
+  for (int s = 1; s < splits; s++) sum += partial[s * count + i];
+  sum *= alpha;
+  if (beta != 0.0f) sum += beta * to_float(c[i]);
+  c[i] = from_float<Out>(sum);
+}
+
+/* ---- choice -------------------------------------------------------------------------------------------------- */
+
+/* Whether 16-byte loads can serve the operands: what both tensor-core paths ask for. */
+static bool loads_whole_chunks(const Product &p) {
+  if (p.dtype != NN_BF16 || !aligned16(p.a) || !aligned16(p.b)) return false;
+  if (p.lda % 8 || p.ldb % 8) return false;
+  if (p.a_mn ? p.m % 8 : p.k % 8) return false;
+  if (p.b_mn ? p.n % 8 : p.k % 8) return false;
+  return !(p.groups > 1 && (p.a_stride % 8 || p.b_stride % 8));
+}
+
+static nn_status run_core(nn_context *context, Product &p) {
+  if (!loads_whole_chunks(p)) return nn_product_plain(context, p);
+  if (context->capability == 90) {
+    nn_status status = nn_product_wgmma(context, p);
+    if (status != NN_ERROR_UNSUPPORTED) return status;
+  }
+  return nn_product_mma(context, p);
+}
+
+nn_status nn_run_product(nn_context *context, Product &p, const char *where) {
+  if (p.m == 0 || p.n == 0 || p.groups == 0) return NN_OK;
+  if (p.m > (1ll << 31) - 256 || p.n > (1ll << 31) - 256 || p.k > (1ll << 31) - 256)
+    return nn_fail(context, NN_ERROR_UNSUPPORTED, "%s: a matrix has more than 2^31 rows or columns", where);
+  int64_t tiles = ceil_div(p.m, 128) * ceil_div(p.n, 128);
+  if (p.n <= 16) tiles = ceil_div(p.m, 64);
+  if (p.m <= 16) tiles = ceil_div(p.n, 64);
+  int64_t most = 2 * context->multiprocessors;
+  bool can_split = p.grouping == WHOLE && p.groups == 1 && p.epilogue == STORE && p.ldc == p.n && !p.a_rows && !p.b_rows;
+  if (can_split && tiles * 2 <= most && p.k >= 1024) {
+    int64_t splits = most / tiles, longest = p.k / 256;
+    if (splits > longest) splits = longest;
+    while (splits > 1 && splits * p.m * p.n * 4 > SPLIT_WORKSPACE) splits--;
+    int64_t chunk = ceil_div(ceil_div(p.k, splits), 64) * 64;
+    splits = ceil_div(p.k, chunk);
+    Scratch scratch(context);
+    float *partial = scratch.take<float>(splits * p.m * p.n);
+    if (splits > 1 && scratch.fits()) {
+      Product q = p;
+      q.grouping = SPLIT_DEPTH, q.groups = (int)splits, q.k_chunk = chunk;
+      q.c = partial, q.c_stride = p.m * p.n, q.out_dtype = NN_F32, q.alpha = 1.0f, q.beta = 0.0f, q.a_stride = q.b_stride = 0;
+      NN_TRY(run_core(context, q));
+      int64_t count = p.m * p.n;
+      NN_FOR_DTYPE(p.out_dtype, Out, add_splits_kernel<Out><<<(unsigned)ceil_div(count, 256), 256, 0, context->stream>>>(
+                                         (Out *)p.c, partial, (int)splits, count, p.alpha, p.beta););
+      return nn_cuda_status(context, cudaGetLastError(), where);
+    }
+  }
+  NN_TRY(run_core(context, p));
+  return nn_cuda_status(context, cudaGetLastError(), where);
+}

@@ -6,7 +6,7 @@ import { randomUUID } from 'node:crypto';
 import { existsSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { NnError, errorCode, fromErrorRecord } from '../config/errors.ts';
-import { keys } from '../config/keys.ts';
+import { keys, workerQueue } from '../config/keys.ts';
 import { QUEUES, TERMINAL_PHASES, parseMessage, parseResult } from '../config/messages.ts';
 import type { QueueName, Result, RunEvent, RunRecord, WorkerRecord } from '../config/messages.ts';
 import { openRedis, redisAddresses } from '../config/redis.ts';
@@ -135,16 +135,17 @@ export class Client {
   async queues(): Promise<Record<QueueName, QueueCounts>> {
     const workers = await this.workers();
     const entries = QUEUES.map(async (name) => {
-      const own = name === 'runs' ? [] : workers.map(({ id }) => `${name}-${id}`);
+      const own = name === 'runs' ? [] : workers.map(({ id }) => workerQueue(name, id));
       const counts = await this.#within(Promise.all([name, ...own].map((each) => this.#queues.counts(each))), 'the queues');
       return [name, counts.reduce(addCounts)] as const;
     });
     return Object.fromEntries(await Promise.all(entries)) as Record<QueueName, QueueCounts>;
   }
 
-  /** The BullMQ queues for bull-board: the shared ones. */
-  boardQueues(): unknown[] {
-    return QUEUES.map((name) => this.#queues.queue(name));
+  /** The BullMQ queues for bull-board: the shared ones and those of the live workers. */
+  async boardQueues(): Promise<unknown[]> {
+    const own = (await this.workers()).flatMap(({ id }) => QUEUES.flatMap((name) => (name === 'runs' ? [] : [workerQueue(name, id)])));
+    return [...QUEUES, ...own].map((name) => this.#queues.queue(name));
   }
 
   /** Loss of a checkpoint on a token file. Throws NO_WORKER, TIMEOUT, and what the worker threw (CHECKPOINT_INVALID, ...). */

@@ -3,9 +3,10 @@
  * Owns tiles, packing and the schedule. Knows operands and epilogues only through gemm.h. The shape of it, after Goto and van
  * de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), and BLIS:
  *
- *   task            ROW_BLOCK rows x NN_COLUMN_BLOCK columns of one product, done by one thread
- *     k block       K_BLOCK deep: B packed to panels of NR columns, A packed to panels of MR rows, in the thread's scratch
- *       micro tile  MR x NR sums in registers over the k block
+ *   task              rows x NN_COLUMN_BLOCK columns of one product, done by one thread
+ *     k block         K_BLOCK deep: B packed to panels of NR columns in the thread's scratch
+ *       row block     ROW_BLOCK rows: A packed to panels of MR rows
+ *         micro tile  MR x NR sums in registers over the k block
  *
  *   packed A, panel i:  [k][MR]   row panel  i*MR ..      packed B, panel j:  [k][NR]   column panel j*NR ..
  *
@@ -19,20 +20,24 @@
 
 #if defined(NN_BUILD_AVX512)
 #define MR 14
-#define ROW_BLOCK 224
+#define ROW_BLOCK 280
+#define TASK_ROWS_DEEP 1120
 #elif defined(NN_BUILD_AVX2)
 #define MR 6
-#define ROW_BLOCK 192
+#define ROW_BLOCK 240
+#define TASK_ROWS_DEEP 960
 #else
 #define MR 4
-#define ROW_BLOCK 192
+#define ROW_BLOCK 240
+#define TASK_ROWS_DEEP 960
 #endif
 #define NR (2 * NN_VL)
 /* Steps of k for each turn of the micro kernel's loop: its counting takes ports away from the multiply-adds. */
 #define UNROLL 2
 #define FLOATS_PER_LINE 16
 #define MAX_PANELS (NN_COLUMN_BLOCK / NR)
-#define MAX_ROW_PANELS (ROW_BLOCK / MR)
+/* A task has ROW_BLOCK rows at most, if its product is done in one k block and the packed B can wait for the next task; if not,
+ * TASK_ROWS_DEEP, so that B need not be packed as often. */
 /* A product not deeper than this is done in one k block; a deeper one in equal blocks of at most K_BLOCK_DEEP. */
 #define K_BLOCK 512
 #define K_BLOCK_DEEP 384
@@ -50,13 +55,13 @@ typedef struct region {
 
 typedef struct scratch {
   const void *fetch[K_BLOCK];
-  region wanted[2];
+  region wanted[3];
   int64_t wanted_each; /* lines of `wanted` for each micro tile */
   int64_t packed_product, packed_block; /* what `b` holds, when that is a whole product's depth */
   _Alignas(64) float tile[MR * NR];
-  _Alignas(64) float row_state[ROW_BLOCK * NN_VL];
-  _Alignas(64) float partial[MAX_ROW_PANELS * MAX_PANELS * MR * NR];
-  _Alignas(64) float a[MAX_ROW_PANELS * A_PANEL(K_BLOCK)];
+  _Alignas(64) float row_state[TASK_ROWS_DEEP * NN_VL];
+  _Alignas(64) float partial[TASK_ROWS_DEEP / MR * MAX_PANELS * MR * NR];
+  _Alignas(64) float a[ROW_BLOCK / MR * A_PANEL(K_BLOCK)];
   _Alignas(64) float b[MAX_PANELS * B_PANEL(K_BLOCK)];
 } scratch;
 _Static_assert(sizeof(scratch) <= NN_THREAD_SCRATCH_BYTES, "the scratch of a thread holds the engine's buffers");
@@ -310,13 +315,13 @@ static int64_t take_lines(region *r, const void **lines, int64_t most) {
 
 static int64_t take_wanted(scratch *s, int64_t taken, int64_t depth) {
   int64_t most = nn_min64(depth, taken + s->wanted_each);
-  for (int i = 0; i < 2; i++) taken += take_lines(&s->wanted[i], s->fetch + taken, most - taken);
+  for (int i = 0; i < 3; i++) taken += take_lines(&s->wanted[i], s->fetch + taken, most - taken);
   return taken;
 }
 
 /* ---- a task --------------------------------------------------------------------------------------------------------- */
 
-/* Rows row .. row+rows-1 (at most ROW_BLOCK) of column block `block`, which is panels panel .. panel+panels-1. */
+/* Rows row .. row+rows-1 (at most TASK_ROWS_DEEP) of column block `block`, which is panels panel .. panel+panels-1. */
 typedef struct task {
   nn_product product;
   int64_t index; /* the product's in its list: to know its packed B again */
@@ -327,15 +332,18 @@ static int64_t depth_of_block(const nn_product *product) {
   return product->k <= K_BLOCK ? product->k : nn_ceil_div(product->k, nn_ceil_div(product->k, K_BLOCK_DEEP));
 }
 
-/* Asks for what the next packing will read: at `from` of this task, or at the beginning of another. */
-static void want(scratch *s, const task *t, int64_t from, int same_b, int64_t micro_tiles) {
-  int64_t depth = nn_min64(depth_of_block(&t->product), t->product.k - from);
-  s->wanted[0] = region_of(&t->product.a, 0, t->row, t->rows, from, depth);
-  s->wanted[1] = s->wanted[0];
-  s->wanted[1].row = s->wanted[1].end_row;
-  int64_t columns = nn_min64(t->panels * NR, t->product.n - t->panel * NR);
-  if (!same_b && t->product.b.interleave == 0) s->wanted[1] = region_of(&t->product.b, 1, t->panel * NR, columns, from, depth);
-  s->wanted_each = nn_ceil_div(lines_of(&s->wanted[0]) + lines_of(&s->wanted[1]), micro_tiles);
+/* Asks for what the next packing will read: A from row `row` of the task and, unless B stays, B, both from `from` on; spread over
+ * so many micro tiles. */
+static void want(scratch *s, const task *t, int64_t row, int64_t from, int b_stays, int64_t micro_tiles) {
+  const nn_product *product = &t->product;
+  int64_t depth = nn_min64(depth_of_block(product), product->k - from), lines = 0;
+  int64_t half = product->b.interleave, first = t->panel * (half > 0 ? NN_VL : NR);
+  int64_t columns = b_stays ? 0 : nn_min64(t->panels * (half > 0 ? NN_VL : NR), (half > 0 ? half : product->n) - first);
+  s->wanted[0] = region_of(&product->a, 0, t->row + row, nn_min64(ROW_BLOCK, t->rows - row), from, depth);
+  s->wanted[1] = region_of(&product->b, 1, first, columns, from, depth);
+  s->wanted[2] = region_of(&product->b, 1, half + first, half > 0 ? columns : 0, from, depth);
+  for (int i = 0; i < 3; i++) lines += lines_of(&s->wanted[i]);
+  s->wanted_each = nn_ceil_div(lines, micro_tiles);
 }
 
 /* One micro tile of the last k block: to C, or through the thread's tile to where it belongs. */
@@ -390,39 +398,50 @@ static const float *initial_sums(const nn_product *product, float *tile, int64_t
   return tile;
 }
 
+/* Rows row .. row+rows-1 of the task, which are packed at s->a, times the packed B, over one k block. */
+static void run_row_block(const task *t, scratch *s, int64_t row, int64_t rows, int64_t from, int64_t depth) {
+  const nn_product *product = &t->product;
+  int last = from + depth >= product->k;
+  for (int64_t i = row; i < row + rows; i += MR) {
+    const float *a = s->a + (i - row) / MR * A_PANEL(depth);
+    int64_t tile_rows = nn_min64(MR, row + rows - i);
+    for (int64_t j = 0; j < t->panels; j++) {
+      const float *b = s->b + j * B_PANEL(depth);
+      float *partial = s->partial + (i / MR * MAX_PANELS + j) * MR * NR;
+      const float *initial = from > 0 ? partial : NULL;
+      int64_t initial_stride = NR;
+      if (from == 0 && product->initial != NULL)
+        initial = initial_sums(product, partial, t->row + i, tile_rows, t->panel + j, &initial_stride);
+      if (last)
+        finish_tile(t, s, a, b, depth, initial, initial_stride, t->row + i, tile_rows, t->panel + j);
+      else
+        micro_kernels[tile_rows - 1][1](depth, a, b, s->fetch, take_wanted(s, 0, depth), initial, initial_stride, partial, NR, 0);
+    }
+  }
+}
+
 /* Does a task; `next` is what this thread does after it, if that is known. */
 static void run_task(const task *t, const task *next, scratch *s) {
   const nn_product *product = &t->product;
-  int64_t block_depth = depth_of_block(product), micro_tiles = nn_ceil_div(t->rows, MR) * t->panels;
+  int64_t block_depth = depth_of_block(product);
+  int deep = block_depth < product->k;
   if (product->finish_rows != NULL) memset(s->row_state, 0, (size_t)t->rows * NN_VL * sizeof(float));
   int64_t from = 0;
   do { /* at least once: a product of depth 0 is all zeros */
     int64_t depth = nn_min64(block_depth, product->k - from);
-    int last = from + depth >= product->k;
-    if (block_depth < product->k || s->packed_product != t->index || s->packed_block != t->block) {
+    if (deep || s->packed_product != t->index || s->packed_block != t->block) {
       pack_b(s->b, product, t->panel, t->panels, from, depth);
-      s->packed_product = block_depth < product->k ? -1 : t->index;
+      s->packed_product = deep ? -1 : t->index;
       s->packed_block = t->block;
     }
-    pack_a(s->a, &product->a, t->row, t->rows, from, depth);
-    if (!last) want(s, t, from + depth, 0, micro_tiles);
-    else if (next != NULL) want(s, next, 0, next->index == s->packed_product && next->block == t->block, micro_tiles);
-    else s->wanted_each = 0;
-    for (int64_t i = 0; i < t->rows; i += MR) {
-      const float *a = s->a + i / MR * A_PANEL(depth);
-      int64_t rows = nn_min64(MR, t->rows - i);
-      for (int64_t j = 0; j < t->panels; j++) {
-        const float *b = s->b + j * B_PANEL(depth);
-        float *partial = s->partial + (i / MR * MAX_PANELS + j) * MR * NR;
-        const float *initial = from > 0 ? partial : NULL;
-        int64_t initial_stride = NR;
-        if (from == 0 && product->initial != NULL)
-          initial = initial_sums(product, partial, t->row + i, rows, t->panel + j, &initial_stride);
-        if (last)
-          finish_tile(t, s, a, b, depth, initial, initial_stride, t->row + i, rows, t->panel + j);
-        else
-          micro_kernels[rows - 1][1](depth, a, b, s->fetch, take_wanted(s, 0, depth), initial, initial_stride, partial, NR, 0);
-      }
+    for (int64_t row = 0; row < t->rows; row += ROW_BLOCK) {
+      int64_t rows = nn_min64(ROW_BLOCK, t->rows - row), micro_tiles = nn_ceil_div(rows, MR) * t->panels;
+      pack_a(s->a, &product->a, t->row + row, rows, from, depth);
+      if (row + rows < t->rows) want(s, t, row + rows, from, 1, micro_tiles);
+      else if (from + depth < product->k) want(s, t, 0, from + depth, 0, micro_tiles);
+      else if (next != NULL) want(s, next, 0, 0, next->index == s->packed_product && next->block == t->block, micro_tiles);
+      else s->wanted_each = 0;
+      run_row_block(t, s, row, rows, from, depth);
     }
     from += depth;
   } while (from < product->k);
@@ -433,22 +452,23 @@ static void run_task(const task *t, const task *next, scratch *s) {
 
 /* How a list is cut. Only speed depends on it. */
 typedef struct cut {
-  int64_t row_block, panel_block;
+  int64_t rows, panels; /* of a task, at most */
 } cut;
 
 static int64_t panel_count(const nn_product *product) {
   return product->b.interleave > 0 ? nn_ceil_div(product->b.interleave, NN_VL) : nn_ceil_div(product->n, NR);
 }
 
-/* Row blocks of about equal size, whole panels each. */
-static int64_t rows_of_block(const nn_product *product, cut by) {
-  int64_t blocks = nn_ceil_div(product->m, by.row_block);
-  return blocks == 0 ? 0 : nn_ceil_div(nn_ceil_div(product->m, blocks), MR) * MR;
+static int64_t row_tasks(const nn_product *product, cut by) { return nn_ceil_div(nn_ceil_div(product->m, MR), by.rows / MR); }
+
+/* The first row of task `number` of row_tasks: whole panels, shared out evenly. */
+static int64_t row_of_task(const nn_product *product, cut by, int64_t number) {
+  return nn_min64(product->m, nn_ceil_div(product->m, MR) * number / row_tasks(product, by) * MR);
 }
 
 static int64_t task_count(const nn_product *product, cut by) {
   if (product->m <= 0 || product->n <= 0) return 0;
-  return nn_ceil_div(product->m, rows_of_block(product, by)) * nn_ceil_div(panel_count(product), by.panel_block);
+  return row_tasks(product, by) * nn_ceil_div(panel_count(product), by.panels);
 }
 
 static void describe(const nn_product_list *list, int64_t index, nn_product *product) {
@@ -475,20 +495,24 @@ static int64_t count_tasks(const nn_product_list *list, cut by, int64_t *first, 
   return total;
 }
 
-/* Smaller tiles until each thread has several, so that none waits long for the last. Tasks whose rows are finished over a
- * whole column block keep that block. */
+/* Starts from the largest tasks and makes them smaller until every thread has enough: as many for each thread when the products
+ * are alike, several when they are not, so that none waits long for the last. Tasks whose rows are finished over a whole column
+ * block keep that block. */
 static cut choose_cut(const nn_product_list *list, int threads, int64_t *first, int64_t *total) {
   nn_product product;
-  cut by = {ROW_BLOCK, MAX_PANELS};
+  cut by = {TASK_ROWS_DEEP, MAX_PANELS};
+  count_tasks(list, by, first, &product);
+  if (product.k <= K_BLOCK) by.rows = ROW_BLOCK;
+  by.rows = nn_min64(by.rows, nn_ceil_div(nn_max64(product.m, 1), MR) * MR);
+  by.panels = nn_min64(by.panels, nn_max64(panel_count(&product), 1));
   for (;;) {
     *total = count_tasks(list, by, first, &product);
-    int fixed_columns = product.finish_rows != NULL;
-    int64_t panels = nn_min64(by.panel_block, panel_count(&product));
-    int64_t rows = nn_min64(by.row_block, nn_max64(product.m, 1));
-    int rows_done = rows <= 4 * MR, columns_done = fixed_columns || panels * NR <= 128;
-    if (threads == 1 || *total >= 6 * threads || (rows_done && columns_done)) return by;
-    if (columns_done || (!rows_done && rows >= panels * NR)) by.row_block = nn_max64(4 * MR, nn_ceil_div(rows, 2));
-    else by.panel_block = nn_ceil_div(panels, 2);
+    int rows_done = by.rows <= 4 * MR, columns_done = product.finish_rows != NULL || by.panels * NR <= 128;
+    int enough = list->uniform ? *total % threads == 0 || *total >= 6 * threads : *total >= 6 * threads;
+    if (threads == 1 || enough || (rows_done && columns_done)) return by;
+    if (list->uniform && *total > threads && !rows_done) by.rows -= MR;
+    else if (columns_done || (!rows_done && by.rows >= by.panels * NR)) by.rows = nn_ceil_div(by.rows / MR, 2) * MR;
+    else by.panels = nn_ceil_div(by.panels, 2);
   }
 }
 
@@ -509,13 +533,13 @@ static void find_task(task *t, const nn_product_list *list, cut by, const int64_
     begin = first[low];
   }
   if (t->index != index) describe(list, index, &t->product);
-  int64_t block_rows = rows_of_block(&t->product, by), row_blocks = nn_ceil_div(t->product.m, block_rows);
+  int64_t row_number = (number - begin) % row_tasks(&t->product, by);
   t->index = index;
-  t->row = (number - begin) % row_blocks * block_rows;
-  t->rows = nn_min64(block_rows, t->product.m - t->row);
-  t->block = (number - begin) / row_blocks;
-  t->panel = t->block * by.panel_block;
-  t->panels = nn_min64(by.panel_block, panel_count(&t->product) - t->panel);
+  t->row = row_of_task(&t->product, by, row_number);
+  t->rows = row_of_task(&t->product, by, row_number + 1) - t->row;
+  t->block = (number - begin) / row_tasks(&t->product, by);
+  t->panel = t->block * by.panels;
+  t->panels = nn_min64(by.panels, panel_count(&t->product) - t->panel);
 }
 
 void NN_SIMD(nn_run_products)(nn_context *context, const nn_product_list *list) {

@@ -8,7 +8,7 @@
 
 #include "gemm.h"
 
-#define CHUNK_TOKENS 512
+#define CHUNK_TOKENS 1024
 
 static int64_t logits_bytes(int64_t T, int64_t V) { return nn_min64(T, CHUNK_TOKENS) * V * (int64_t)sizeof(float); }
 static int64_t sum_bytes(int64_t T, int64_t H, int64_t V) { return T > CHUNK_TOKENS ? V * H * (int64_t)sizeof(float) : 0; }

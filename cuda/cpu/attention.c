@@ -17,7 +17,7 @@ int64_t nn_attention_backward_queries(int64_t heads) { return nn_max64(1, NN_ATT
 int64_t nn_attention_forward_scratch(int64_t heads, int64_t D) {
   const int64_t rows = padded_to(nn_attention_forward_queries(heads) * heads, 8), width = padded_to(D, WIDEST);
   const int64_t keys = NN_ATTENTION_FORWARD_KEYS;
-  return rows * (D + width + 2) + keys * (D + width) + 8 * keys;
+  return rows * (2 * width + 2) + keys * (D + width) + 8 * keys;
 }
 
 int64_t nn_attention_backward_scratch(int64_t heads, int64_t D) {

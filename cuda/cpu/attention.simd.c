@@ -63,13 +63,10 @@ NN_INLINE void multiply_panel(float *c, int64_t c_row, const float *a, int64_t a
   }
 }
 
-/* The three shapes of it, so that the strides that are known are constants. */
+/* The two shapes of it, so that the strides that are known are constants. */
 static void multiply_rows(float *c, int64_t c_row, const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t columns,
                           int64_t k, int add) {
   multiply_panel(c, c_row, a, a_row, 1, b, b_row, columns, k, add);
-}
-static void multiply_packed(float *c, int64_t c_row, const float *a, const float *b, int64_t b_row, int64_t columns, int64_t k) {
-  multiply_panel(c, c_row, a, 1, PANEL, b, b_row, columns, k, 0);
 }
 static void multiply_transposed(float *c, int64_t c_row, const float *a, int64_t a_step, const float *b, int64_t b_row,
                                 int64_t columns, int64_t k) {
@@ -107,19 +104,6 @@ static void pack_row(float *y, int64_t width, const float *x, int64_t D, float f
   for (int64_t d = D; d < width; d++) y[d] = 0.0f;
 }
 
-/* Panels of 8 rows, [panel][d][8], of the rows (query, head) of `count` queries from `first`; rows past the end are zeros. */
-static void pack_queries(float *y, const nn_attention_group *g, int64_t first, int64_t count) {
-  int64_t rows = count * g->heads;
-  for (int64_t m = 0; m < round_up(rows, PANEL); m++) {
-    float *to = y + m / PANEL * PANEL * g->D + m % PANEL;
-    const float *from = g->q + (first + m / g->heads) * g->q_stride + m % g->heads * g->D;
-    if (m < rows)
-      for (int64_t d = 0; d < g->D; d++) to[d * PANEL] = from[d] * g->scale;
-    else
-      for (int64_t d = 0; d < g->D; d++) to[d * PANEL] = 0.0f;
-  }
-}
-
 /* Turns one row of scores into exp(score - top), zeros from `visible` to `columns`; returns their sum. */
 NN_INLINE float exponentials(float *s, int64_t visible, int64_t columns, float top) {
   nn_vf sum = nn_v_set(0.0f), bound = nn_v_set(top);
@@ -129,11 +113,10 @@ NN_INLINE float exponentials(float *s, int64_t visible, int64_t columns, float t
     sum = sum + e;
     nn_v_store(s + j, e);
   }
-  if (j < visible) {
-    float lane[NN_LANES] = {0};
-    nn_v_store_part(lane, nn_v_exp(nn_v_load_part(s + j, visible - j) - bound), visible - j);
-    sum = sum + nn_v_load(lane);
-    nn_v_store(s + j, nn_v_load(lane)); /* scores are padded to whole vectors */
+  if (j < visible) { /* scores are padded to whole vectors */
+    nn_vf e = nn_v_keep(nn_v_exp(nn_v_load(s + j) - bound), visible - j, nn_v_set(0.0f));
+    sum = sum + e;
+    nn_v_store(s + j, e);
     j += NN_LANES;
   }
   for (; j < columns; j += NN_LANES) nn_v_store(s + j, nn_v_set(0.0f));
@@ -144,17 +127,18 @@ NN_INLINE float largest_of(const float *s, int64_t n, float largest) {
   nn_vf best = nn_v_set(largest);
   int64_t j = 0;
   for (; j + NN_LANES <= n; j += NN_LANES) best = nn_v_max(nn_v_load(s + j), best);
-  largest = nn_v_largest(best);
-  for (; j < n; j++) largest = s[j] > largest ? s[j] : largest;
-  return largest;
+  if (j < n) best = nn_v_max(nn_v_keep(nn_v_load(s + j), n - j, best), best);
+  return nn_v_largest(best);
 }
 
 void NN_SIMD(nn_attention_forward_tile)(const nn_attention_group *g, int64_t first, int64_t count, float *scratch) {
   const int64_t keys = NN_ATTENTION_FORWARD_KEYS, D = g->D, width = round_up(D, NN_LANES);
   const int64_t rows = count * g->heads, padded = round_up(rows, PANEL);
-  float *q = scratch, *o = q + padded * D, *top = o + padded * width, *total = top + padded;
+  float *q = scratch, *o = q + padded * width, *top = o + padded * width, *total = top + padded;
   float *k = total + padded, *v = k + D * keys, *s = v + keys * width;
-  pack_queries(q, g, first, count);
+  for (int64_t m = 0; m < rows; m++)
+    pack_row(q + m * width, width, g->q + (first + m / g->heads) * g->q_stride + m % g->heads * D, D, g->scale);
+  memset(q + rows * width, 0, (size_t)((padded - rows) * width) * sizeof(float));
   for (int64_t m = 0; m < padded; m++) top[m] = -INFINITY, total[m] = 0.0f;
   memset(o, 0, (size_t)(padded * width) * sizeof(float));
 
@@ -168,7 +152,7 @@ void NN_SIMD(nn_attention_forward_tile)(const nn_attention_group *g, int64_t fir
       const int64_t seen = g->first_position + first + 1 - k0, last = nn_min64(m0 + PANEL, rows) - 1;
       const int64_t columns = nn_min64(here, seen + last / g->heads), whole = round_up(columns, NN_LANES);
       if (columns <= 0) continue;
-      multiply_packed(s, keys, q + m0 * D, k, keys, whole, D);
+      multiply_rows(s, keys, q + m0 * width, width, k, keys, whole, D, 0);
       float lane[16] = {0}; /* the change of each row's maximum, and a multiple of every NN_LANES long */
       for (int64_t r = 0; r < PANEL; r++) {
         int64_t visible = nn_min64(columns, seen + nn_min64(m0 + r, last) / g->heads), m = m0 + r;
@@ -247,11 +231,13 @@ void NN_SIMD(nn_attention_backward_tiles)(const nn_attention_group *g, int64_t k
           nn_vf bound = nn_v_set(lse[m]), mean = nn_v_set(delta[m]), zero = nn_v_set(0.0f);
           int64_t j = 0;
           for (; j < visible; j += NN_LANES) {
-            nn_vf e = nn_v_exp(nn_v_load(pm + j) - bound), x = e * (nn_v_load(dsm + j) - mean);
+            nn_vf e = nn_v_exp(nn_v_load(pm + j) - bound);
+            if (visible - j < NN_LANES) e = nn_v_keep(e, visible - j, zero);
+            nn_vf x = e * (nn_v_load(dsm + j) - mean);
+            if (visible - j < NN_LANES) x = nn_v_keep(x, visible - j, zero);
             nn_v_store(pm + j, e);
             nn_v_store(dsm + j, x);
           }
-          for (int64_t l = visible > 0 ? visible : 0; l < j; l++) pm[l] = dsm[l] = 0.0f;
           for (; j < keys; j += NN_LANES) {
             nn_v_store(pm + j, zero);
             nn_v_store(dsm + j, zero);

@@ -11,18 +11,14 @@ NN_INLINE float largest_of(const float *x, int64_t n) {
   nn_vf best = nn_v_set(-INFINITY);
   int64_t i = 0;
   for (; i + NN_LANES <= n; i += NN_LANES) best = nn_v_max(nn_v_load(x + i), best);
-  float largest = nn_v_largest(best);
-  for (; i < n; i++) largest = x[i] > largest ? x[i] : largest;
-  return largest;
+  if (i < n) best = nn_v_max(nn_v_keep(nn_v_load_part(x + i, n - i), n - i, best), best);
+  return nn_v_largest(best);
 }
 
 /* exp(x - largest) of a vector; lanes past `count` are 0. */
 NN_INLINE nn_vf exp_below(const float *x, nn_vf largest, int64_t count) {
   nn_vf e = nn_v_exp(nn_v_get(x, count) - largest);
-  if (count >= NN_LANES) return e;
-  float lane[NN_LANES] = {0};
-  nn_v_store_part(lane, e, count);
-  return nn_v_load(lane);
+  return count >= NN_LANES ? e : nn_v_keep(e, count, nn_v_set(0.0f));
 }
 
 void NN_SIMD(nn_exp_row)(float *y, const float *x, int64_t n, float largest, float factor) {

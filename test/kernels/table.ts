@@ -83,6 +83,26 @@ const elementwise = LENGTHS.flatMap((n): Case[] => {
   ];
 });
 
+/** Where exp overflows, underflows, is exact or is no number, and a sweep between. */
+const specials = Float32Array.from([
+  0, -0, 1, -1, Infinity, -Infinity, NaN, 1e30, -1e30, 1e-45, -1e-45, 88.72283, -88.72283, 88.7229, -88.7229, 87.33654, -87.33654, 87.3366, -87.3366,
+  ...Array.from({ length: 4000 }, (_, i) => (i - 2000) * 0.0467),
+]);
+const special = [
+  define({
+    kernel: 'silu_forward', sizes: 'from the smallest to the largest exponent, infinities and NaN', buffers: { y: output('f32', specials.length), x: input(specials) },
+    run: (k, t) => k.siluForward(t.y, t.x, specials.length, 'f32'),
+    expected: ({ x }) => ({ y: each(x, reference.silu) }),
+    tolerance: rounding(5, 1e-35, 'exp within 1.01 ulp, then three roundings'),
+  }),
+  define({
+    kernel: 'softmax_forward', sizes: 'with infinities and NaN', buffers: { y: output('f32', 20), x: input(Float32Array.from([1, NaN, 2, 3, 4, -Infinity, 0, 0, 5, 5, 1, 2, Infinity, 3, 4, -1e30, 1e30, 1e30, 0, -5])) },
+    run: (k, t) => k.softmaxForward(t.y, t.x, 4, 5, 'f32'),
+    expected: ({ x }) => ({ y: reference.softmaxForward(x, 4, 5).map((value, i) => (i >= 10 && i < 15 ? NaN : value)) }), // inf - inf
+    tolerance: rounding(10, 1e-30, 'as softmax'),
+  }),
+];
+
 /** Everything that rounding to bfloat16 and back must get right: ties, overflow, denormals, infinities, NaN with any payload. */
 const specialBits = Uint32Array.from([
   0x3f800000, 0x3f808000, 0x3f818000, 0x3f808001, 0x3f807fff, 0x7f7fffff, 0x7f7f8000, 0x00000001, 0x00008000, 0x00018000, 0x80000000,
@@ -250,7 +270,7 @@ const nanRouter = define({
     probability: output('f32', 8), weight: output('f32', 4), index: output('i32', 4), logits: input(Float32Array.from([1, NaN, 3, NaN, 1, 2, 3, NaN])),
   },
   run: (k, t) => k.softmaxTopkForward(t.probability, t.weight, t.index, t.logits, 2, 4, 2),
-  expected: () => ({ probability: new Float32Array(8).fill(NaN), weight: new Float32Array(4).fill(NaN), index: [1, 3, 3, 0] }),
+  expected: () => ({ probability: new Float32Array(8).fill(NaN), weight: new Float32Array(4).fill(NaN), index: [1, 3, 3, 2] }),
   tolerance: EXACT,
 });
 
@@ -386,6 +406,6 @@ const adamw = [0, 1, 17, 4099, 16385].flatMap((n): Case[] =>
 );
 
 export const cases: readonly Case[] = [
-  ...elementwise, ...cast, ...digests, ...rowwise, ...norms, ...router, nanRouter, ...ropes, ...attentionCases, ...losses, ...embeddings, ...clips,
+  ...elementwise, ...special, ...cast, ...digests, ...rowwise, ...norms, ...router, nanRouter, ...ropes, ...attentionCases, ...losses, ...embeddings, ...clips,
   ...adamw, ...decodeCases,
 ];

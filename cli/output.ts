@@ -117,31 +117,38 @@ export function note(text: string): void {
 }
 
 /**
- * One line of progress on stderr, repainted on a terminal and printed every few seconds elsewhere.
- * The caller says how much is done and what to show; the bar adds percent and the time left.
+ * One line of progress on stderr, repainted on a terminal and printed every few seconds elsewhere (so nothing is printed
+ * there by what is quickly done). The caller says how much is done and what to show; the bar adds percent and the time left.
  */
 export class ProgressBar {
   readonly #label: string;
   readonly #stream: NodeJS.WriteStream;
   readonly #startedAt = performance.now();
-  #paintedAt = -Infinity;
+  #paintedAt: number;
   #text = '';
+  /** What stands there now; empty before the first painting. */
+  #shown = '';
+  #ended = false;
 
   constructor(label: string, stream: NodeJS.WriteStream = process.stderr) {
     this.#label = label;
     this.#stream = stream;
+    this.#paintedAt = stream.isTTY ? -Infinity : this.#startedAt;
     setActiveBar(this);
   }
 
   /** `done` of `total` (any unit; total 0: unknown), and what else to show. */
   update(done: number, total: number, detail: string): void {
     const now = performance.now();
-    const last = total > 0 && done >= total;
     this.#text = this.#line(done, total, detail, now);
-    if (!last && now - this.#paintedAt < (this.#stream.isTTY ? PAINT_MS : LINE_MS)) return;
+    if (now - this.#paintedAt < (this.#stream.isTTY ? PAINT_MS : LINE_MS)) return;
     this.#paintedAt = now;
-    if (this.#stream.isTTY) this.repaint();
-    else this.#stream.write(`${this.#text}\n`);
+    this.#show();
+  }
+
+  #show(): void {
+    this.#stream.write(this.#stream.isTTY ? `\r\u001b[2K${this.#text}` : `${this.#text}\n`);
+    this.#shown = this.#text;
   }
 
   #line(done: number, total: number, detail: string, now: number): string {
@@ -159,20 +166,22 @@ export class ProgressBar {
     return this.#stream.isTTY ? Math.min(WIDTH, (this.#stream.columns || WIDTH) - 1) : WIDTH;
   }
 
+  /** Makes room for another line on a terminal; `repaint` brings the bar back below it. */
   clear(): void {
-    if (this.#stream.isTTY) this.#stream.write('\r\u001b[2K');
+    if (this.#stream.isTTY && this.#shown !== '') this.#stream.write('\r\u001b[2K');
   }
 
   repaint(): void {
-    if (this.#stream.isTTY && this.#text !== '') this.#stream.write(`\r\u001b[2K${this.#text}`);
+    if (this.#stream.isTTY && this.#shown !== '') this.#show();
   }
 
-  /** Leaves the last line standing. */
+  /** Leaves the last line standing, if there was any. Calling it again changes nothing. */
   end(): void {
+    if (this.#ended) return;
+    this.#ended = true;
     if (activeBar === this) setActiveBar(undefined);
-    if (this.#stream.isTTY && this.#text !== '') {
-      this.repaint();
-      this.#stream.write('\n');
-    }
+    if (this.#shown === '') return;
+    if (this.#stream.isTTY || this.#shown !== this.#text) this.#show();
+    if (this.#stream.isTTY) this.#stream.write('\n');
   }
 }

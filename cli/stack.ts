@@ -70,15 +70,16 @@ export async function runServer(life: Lifetime, config: Config, client: Client):
 }
 
 export interface WantedWorkers {
-  readonly gpus: Gpus;
-  /** CPU workers; undefined: one. Without meaning for GPUs, which get one worker each. */
+  /** One worker for each of these GPUs (findGpus); if there are none, on the CPU. */
+  readonly gpus: readonly number[];
+  /** CPU workers; undefined: one. */
   readonly count?: number | undefined;
   /** CPU threads of each; 0: the cores, shared out. */
   readonly threads: number;
 }
 
 /** The GPUs of this machine that are wanted; none where there is no CUDA library. Throws DEVICE_UNAVAILABLE for one that is not there. */
-function findGpus(gpus: Gpus): number[] {
+export function findGpus(gpus: Gpus): readonly number[] {
   if (gpus === 'none') return [];
   let there: number[];
   try {
@@ -90,7 +91,7 @@ function findGpus(gpus: Gpus): number[] {
   if (gpus === 'all') return there;
   const missing = gpus.find((index) => !there.includes(index));
   if (missing !== undefined) throw new NnError('DEVICE_UNAVAILABLE', `there is no GPU ${missing} here (there: ${there.join(', ') || 'none'})`);
-  return [...gpus];
+  return gpus;
 }
 
 /** One line for what happens to a worker, or undefined for what nobody needs to see. */
@@ -118,7 +119,7 @@ const supervisorName = (): string => `${hostname().replace(/[^A-Za-z0-9._-]/g, '
 
 /** Starts supervised workers and waits until each serves. Throws what the first of them that gave up says. */
 export async function runWorkers(life: Lifetime, config: Config, wanted: WantedWorkers): Promise<Supervisor> {
-  const gpus = findGpus(wanted.gpus);
+  const { gpus } = wanted;
   const count = gpus.length > 0 ? gpus.length : (wanted.count ?? 1);
   const threads = wanted.threads === 0 ? threadsEach(count) : wanted.threads;
   const supervisor = startSupervisor({
@@ -146,7 +147,7 @@ export async function borrowWorker(life: Lifetime, config: Config): Promise<Clie
   life.defer('temporary directory', () => rmSync(home, { recursive: true, force: true }));
   const own: Config = { ...config, home, runs: join(home, 'runs') };
   await life.until(provideRedis(life, own, () => undefined));
-  await life.until(runWorkers(life, own, { gpus: 'all', threads: config.worker.threads }));
+  await life.until(runWorkers(life, own, { gpus: findGpus('all'), threads: config.worker.threads }));
   const client = new Client({ config: own });
   life.defer('client', () => client.close());
   return client;

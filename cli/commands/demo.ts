@@ -145,11 +145,12 @@ async function demo(options: DemoOptions): Promise<void> {
     home: join(directory, 'home'),
     runs: join(directory, 'runs'),
     redis: { prefix: `${base.redis.prefix}-demo-${stamp}` },
-    ...(process.env['CUDA_NN_LOG'] === undefined ? { logLevel: 'warn' } : {}),
+    ...(process.env['CUDA_NN_LOG'] === undefined ? { logLevel: 'error' } : {}),
   });
   mkdirSync(directory, { recursive: true });
   await withLifetime(async (life) => {
-    life.defer('home', () => rmSync(config.home, { recursive: true, force: true }));
+    // An interrupted demo leaves nothing; one that ends, or fails, leaves its data and its run to look at.
+    life.defer('files', () => rmSync(life.signal.aborted ? directory : config.home, { recursive: true, force: true }));
     let redisFailed: (error: NnError) => void = () => undefined;
     const failure = new Promise<never>((_, refuse) => {
       redisFailed = refuse;
@@ -159,7 +160,7 @@ async function demo(options: DemoOptions): Promise<void> {
     if (where === 'configured') life.defer('keys', () => removePrefix(config));
     const { spec, prompt } = await prepare(life, directory, options);
     await life.until(runOrchestrator(life, config));
-    const supervisor = await life.until(runWorkers(life, config, { gpus: 'none', count: options.workers, threads: config.worker.threads }));
+    const supervisor = await life.until(runWorkers(life, config, { gpus: [], count: options.workers, threads: config.worker.threads }));
     const client = new Client({ config });
     life.defer('client', () => client.close());
     const run = await life.until(client.train(spec));

@@ -5,21 +5,18 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Command } from 'commander';
+import { NnError } from '../../config/errors.ts';
 import { TERMINAL_PHASES } from '../../config/messages.ts';
-import type { RunRecord } from '../../config/messages.ts';
+import type { RunEvent, RunRecord } from '../../config/messages.ts';
 import { parseRunSpec, tokensPerStep } from '../../config/run-spec.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
-import type { Config } from '../../config/schema.ts';
-import type { MetricsLine } from '../../orchestrator/run-state.ts';
-import { eventLine, followRun, meanAux, stepLine } from '../follow.ts';
+import type { EvalLine, StepLine } from '../../orchestrator/metrics.ts';
+import { eventLine, followRun, meanAux } from '../follow.ts';
 import { withLifetime } from '../lifetime.ts';
 import { readSpec, readText } from '../options.ts';
 import { fields, formatCount, formatDuration, formatLoss, note, paint, printResult, printable, table } from '../output.ts';
 import { connect } from '../stack.ts';
-
-/** What stands in a run's directory as one JSON line for each step. */
-const metricsFile = (config: Config, run: string): string => join(config.runs, run, 'metrics.jsonl');
 
 async function train(path: string, options: { name?: string; follow?: boolean; json?: boolean }): Promise<void> {
   const config = loadConfig();
@@ -105,8 +102,26 @@ async function status(name: string, options: { json?: boolean }): Promise<void> 
   });
 }
 
-const metricsText = (line: MetricsLine): string =>
-  line.type === 'step' ? stepLine(line.report, line.tokensPerSecond) : `eval at step ${line.step}: validation loss ${formatLoss(line.loss)}`;
+type LoggedEvent = Extract<RunEvent, { type: 'step' | 'eval' }>;
+const stepOf = (event: LoggedEvent): number => (event.type === 'step' ? event.report.step : event.step);
+
+/** The steps and evals that stand in a run's directory, as events, in order. A last line that is still being written is left out. */
+function pastEvents(directory: string): LoggedEvent[] {
+  const lines = (file: string): unknown[] => {
+    const path = join(directory, file);
+    if (!existsSync(path)) return [];
+    return readText(path).split('\n').slice(0, -1).map((line, at) => {
+      try {
+        return JSON.parse(line) as unknown;
+      } catch (error) {
+        throw new NnError('RUN_STATE', `${path}: line ${at + 1} is damaged`, { path, line: at + 1 }, error);
+      }
+    });
+  };
+  const steps = (lines('metrics.jsonl') as StepLine[]).map(({ tokensPerSecond, epoch: _, atMs, ...report }): LoggedEvent => ({ type: 'step', report, tokensPerSecond, atMs }));
+  const evals = (lines('evals.jsonl') as EvalLine[]).map(({ step, loss, atMs }): LoggedEvent => ({ type: 'eval', step, loss: loss ?? NaN, atMs }));
+  return [...steps, ...evals].sort((a, b) => stepOf(a) - stepOf(b) || (a.type === 'step' ? -1 : 1));
+}
 
 /** The steps so far from the run's metrics, then, with --follow, every event until the run ends. */
 async function logs(name: string, options: { follow?: boolean; json?: boolean }): Promise<void> {
@@ -115,21 +130,19 @@ async function logs(name: string, options: { follow?: boolean; json?: boolean })
     const client = await connect(life, config);
     const run = client.run(name);
     const record = await life.until(run.record()); // RUN_NOT_FOUND before anything is printed
-    const file = metricsFile(config, name);
-    const lines = existsSync(file) ? readText(file).split('\n').filter((line) => line !== '') : [];
-    let last = 0;
-    for (const line of lines) {
-      const entry = JSON.parse(line) as MetricsLine;
-      if (entry.type === 'step') last = entry.report.step;
-      process.stdout.write(`${options.json === true ? line : metricsText(entry)}\n`);
-    }
+    const print = (event: RunEvent): void => void process.stdout.write(`${options.json === true ? JSON.stringify(event) : printable(eventLine(event))}\n`);
+    const past = pastEvents(join(config.runs, name));
+    for (const event of past) print(event);
+    const last = (type: 'step' | 'eval'): number => Math.max(-1, ...past.filter((event) => event.type === type).map(stepOf));
+    const [lastStep, lastEval] = [last('step'), last('eval')];
     if (options.follow !== true || TERMINAL_PHASES.includes(record.phase)) return;
     const iterator = run.events()[Symbol.asyncIterator]();
     try {
       for (let next = await life.until(iterator.next()); next.done !== true; next = await life.until(iterator.next())) {
         const event = next.value;
-        if (event.type === 'step' && event.report.step <= last) continue;
-        process.stdout.write(options.json === true ? `${JSON.stringify(event)}\n` : `${printable(eventLine(event))}\n`);
+        if (event.type === 'step' && event.report.step <= lastStep) continue;
+        if (event.type === 'eval' && event.step <= lastEval) continue;
+        print(event);
       }
     } finally {
       await iterator.return?.();

@@ -12,7 +12,7 @@ import { withLifetime } from '../lifetime.ts';
 import type { Lifetime } from '../lifetime.ts';
 import { note, printResult } from '../output.ts';
 import { parseGpus, parseWhole } from '../options.ts';
-import { checkConfiguredRedis, connect, provideRedis, runOrchestrator, runServer, runWorkers } from '../stack.ts';
+import { checkConfiguredRedis, connect, findGpus, provideRedis, runOrchestrator, runServer, runWorkers } from '../stack.ts';
 
 interface WorkerOptions {
   gpus?: string;
@@ -43,24 +43,24 @@ async function serve(life: Lifetime, redisFailure: Promise<string>, workers?: Su
 }
 
 const workersOf = (config: Config, { gpus, count, threads }: WorkerOptions) => ({
-  gpus: parseGpus(gpus ?? 'all'),
+  gpus: findGpus(parseGpus(gpus ?? 'all')),
   count,
   threads: threads ?? config.worker.threads,
 });
 
 async function up(options: WorkerOptions & ServerOptions & { json?: boolean }): Promise<void> {
   const config = loadConfig(serverOverrides(options));
+  const wanted = workersOf(config, options);
   await withLifetime(async (life) => {
     let redisFailed: (reason: string) => void = () => undefined;
     const failure = new Promise<string>((settle) => {
       redisFailed = settle;
     });
-    const wanted = workersOf(config, options);
     const redis = await life.until(provideRedis(life, config, redisFailed));
     const { url } = redisAddresses(config);
-    note(`Redis         ${redactUrl(url)} (${redis})`);
     const client = await connect(life, config);
-    const server = await life.until(runServer(life, config, client));
+    const server = await life.until(runServer(life, config, client)); // a port that is taken is found before anything is said
+    note(`Redis         ${redactUrl(url)} (${redis})`);
     note(`dashboard     ${server.url}`);
     await life.until(runOrchestrator(life, config));
     note('orchestrator  ready');
@@ -89,8 +89,8 @@ async function orchestrator(options: ServerOptions & { server: boolean }): Promi
 
 async function worker(options: WorkerOptions): Promise<void> {
   const config = loadConfig();
+  const wanted = workersOf(config, options);
   await withLifetime(async (life) => {
-    const wanted = workersOf(config, options);
     await life.until(checkConfiguredRedis(config));
     const supervisor = await life.until(runWorkers(life, config, wanted));
     await serve(life, never, supervisor);

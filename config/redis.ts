@@ -107,6 +107,7 @@ export async function checkRedis(url: string, config: Config): Promise<void> {
     if (error instanceof NnError) throw error;
     throw refusal(last ?? (error as Error), url);
   } finally {
-    redis.disconnect();
+    // ioredis waits 2 s for the close of a stream that is closed already.
+    if (redis.status !== 'close' && redis.status !== 'end') redis.disconnect();
   }
 }

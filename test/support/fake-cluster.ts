@@ -2,6 +2,8 @@
  * An orchestrator on a real Redis with fake workers, in a directory of its own: what the tests of the driver, the client and
  * the server stand on. Times are short, so that a death is noticed within a second.
  */
+import { fork } from 'node:child_process';
+import type { ChildProcess } from 'node:child_process';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -27,6 +29,7 @@ export class FakeCluster {
   client!: Client;
   readonly workers: FakeWorker[] = [];
   readonly orchestrators: Orchestrator[] = [];
+  readonly #children: ChildProcess[] = [];
 
   static async start(settings: Record<string, object> = {}): Promise<FakeCluster> {
     const cluster = new FakeCluster();
@@ -73,6 +76,14 @@ export class FakeCluster {
     return orchestrator;
   }
 
+  /** An orchestrator that can be killed: SIGKILL, and nothing of it runs on. */
+  async orchestrateApart(): Promise<{ kill(): Promise<void> }> {
+    const child = fork(new URL('orchestrator-process.js', import.meta.url), [JSON.stringify(this.config)], { stdio: 'ignore' });
+    this.#children.push(child);
+    await new Promise((resolve, reject) => child.once('message', resolve).once('exit', () => reject(new Error('the orchestrator ended'))));
+    return { kill: () => killed(child) };
+  }
+
   async work(id: string, options: Partial<FakeWorkerOptions> = {}): Promise<FakeWorker> {
     const worker = await startFakeWorker({ config: this.config, id, ...options });
     this.workers.push(worker);
@@ -93,10 +104,18 @@ export class FakeCluster {
   async stop(): Promise<void> {
     await this.client.close();
     await Promise.all(this.orchestrators.map((orchestrator) => orchestrator.stop()));
+    await Promise.all(this.#children.map(killed));
     await Promise.all(this.workers.map((worker) => worker.crash()));
     await this.redis.stop();
     rmSync(this.directory, { recursive: true, force: true });
   }
+}
+
+async function killed(child: ChildProcess): Promise<void> {
+  if (child.exitCode !== null || child.signalCode !== null) return;
+  const gone = new Promise((resolve) => child.once('exit', resolve));
+  child.kill('SIGKILL');
+  await gone;
 }
 
 function writeTokens(path: string, count: number): void {

@@ -179,6 +179,33 @@ describe('orchestrator: a run over real Redis', function () {
     });
   }
 
+  for (const [what, workers] of [['local', 1], ['flow', 2]] as const) {
+    it(`an orchestrator that is killed, and again, is followed by others (${what})`, async () => {
+      let current = await cluster.orchestrateApart();
+      await Promise.all(['w1', 'w2'].slice(0, workers).map((id) => cluster.work(id, { shardMs: 10 })));
+      const { run, spec } = await train('killed', { steps: 100, parallelism: workers, checkpoint: { every: 0 }, evaluation: { every: 30, sequences: 1 } });
+      for (const step of [5, 45]) {
+        await stepReached(run, step);
+        await current.kill();
+        current = await cluster.orchestrateApart();
+      }
+      const record = await run.wait();
+      expectUndisturbed(spec, record);
+      expect(record.faults).to.deep.equal([]);
+      await expectClean('killed');
+    });
+  }
+
+  it('two orchestrators share the runs; one is killed', async () => {
+    const first = await cluster.orchestrateApart();
+    await cluster.orchestrateApart();
+    await Promise.all(['w1', 'w2'].map((id) => cluster.work(id, { shardMs: 5 })));
+    const runs = await Promise.all(['one', 'two', 'three'].map((name) => train(name, { steps: 40, parallelism: 1 })));
+    await stepReached(runs[0]!.run, 10);
+    await first.kill();
+    for (const { run, spec } of runs) expectUndisturbed(spec, await run.wait());
+  });
+
   it('two runs and one worker: one after the other', async () => {
     await cluster.orchestrate();
     await cluster.work('w1');

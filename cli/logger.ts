@@ -23,7 +23,7 @@ export function humanLine(line: string): string {
 
 /** A logger of the configured level. */
 export function createLogger(config: Config): Logger {
-  const human = process.stderr.isTTY === true;
+  const human = process.stderr.isTTY;
   return pino(
     { level: config.logLevel, base: {} },
     {

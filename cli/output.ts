@@ -27,16 +27,15 @@ export function paint(style: Style, text: string, stream: { isTTY?: boolean } = 
   return colourOn(stream) ? `\u001b[${on}m${text}\u001b[${off}m` : text;
 }
 
-const width = (text: string): number => [...stripVTControlCharacters(text)].length;
+const width = (text: string): number => Array.from(stripVTControlCharacters(text)).length;
 
 /** Control characters of foreign text (a run's name, an error's message) made visible, so that they cannot drive the terminal. */
 export const printable = (text: string): string =>
-  // oxlint-disable-next-line no-control-regex -- control characters are what this looks for
-  text.replace(/[\u0000-\u001f\u007f-\u009f]/g, (each) => `\\x${each.charCodeAt(0).toString(16).padStart(2, '0')}`);
+  text.replace(/\p{Cc}/gu, (each) => `\\x${each.charCodeAt(0).toString(16).padStart(2, '0')}`);
 
 /** Cuts a line to `columns`, with an ellipsis. */
 export function fit(text: string, columns = WIDTH): string {
-  return width(text) <= columns ? text : `${[...stripVTControlCharacters(text)].slice(0, Math.max(0, columns - 1)).join('')}…`;
+  return width(text) <= columns ? text : `${Array.from(stripVTControlCharacters(text)).slice(0, Math.max(0, columns - 1)).join('')}…`;
 }
 
 export interface Column {

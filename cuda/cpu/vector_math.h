@@ -124,8 +124,8 @@ NN_INLINE nn_vf nn_v_scale_by_power(nn_vf a, nn_vf n) {
 
 #endif
 
-/* nn_v_keep: the first `count` (0 .. NN_LANES) lanes of a, and of `fill` the others. */
-/* The operand order matters in nn_v_max and nn_v_min: the second is the result when either is NaN, everywhere. */
+/* nn_v_keep is the first `count` (0 .. NN_LANES) lanes of a and the others of `fill`. The operand order matters in nn_v_max and
+ * nn_v_min: the second is the result when either is NaN, everywhere. */
 
 /* Loads and stores that stop at the end of an array: `left` elements are there, NN_LANES or more in all rounds but the last. */
 NN_INLINE nn_vf nn_v_get(const float *p, int64_t left) { return left >= NN_LANES ? nn_v_load(p) : nn_v_load_part(p, left); }
@@ -182,9 +182,9 @@ NN_INLINE float nn_v_largest(nn_vf v) {
 #endif
 }
 
-/* exp(x) within 1.01 ulp (0.98 without fused multiply-add; over all floats). x = n ln 2 + r, |r| <= ln(2)/2, exp(r) by a polynomial of degree 6 (S. L. Moshier,
- * Cephes expf). NaN gives NaN, overflow infinity. Results below the smallest normal number become 0, which keeps denormals, an
- * order of magnitude slower, out of the products that follow. */
+/* exp(x) within 1.01 ulp (0.98 without fused multiply-add; over all floats). x = n ln 2 + r, |r| <= ln(2)/2, exp(r) by a
+ * polynomial of degree 6 (S. L. Moshier, Cephes expf). NaN gives NaN, overflow infinity. Results below the smallest normal number
+ * become 0, which keeps denormals, an order of magnitude slower, out of the products that follow. */
 NN_INLINE nn_vf nn_v_exp(nn_vf x) {
   const nn_vf rounder = nn_v_set(12582912.0f); /* 1.5 * 2^23: adding and subtracting it rounds to an integer */
   nn_vf bounded = nn_v_min(nn_v_set(89.0f), x);

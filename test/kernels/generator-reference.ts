@@ -14,7 +14,8 @@ export function mix64(z: bigint): bigint {
 
 /** nn_digest of 32-bit words. */
 export function digest(words: Uint32Array): [bigint, bigint] {
-  const sum = (stride: bigint): bigint => words.reduce((total, word, i) => (total + mix64((BigInt(word) + BigInt(i + 1) * stride) & MASK_64)) & MASK_64, 0n);
+  const term = (word: number, i: number, stride: bigint): bigint => mix64((BigInt(word) + BigInt(i + 1) * stride) & MASK_64);
+  const sum = (stride: bigint): bigint => words.reduce((total, word, i) => (total + term(word, i, stride)) & MASK_64, 0n);
   return [sum(0x9e3779b97f4a7c15n), sum(0xd1b54a32d192ed03n)];
 }
 

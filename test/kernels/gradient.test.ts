@@ -77,7 +77,8 @@ describe('the reference backward is the derivative of the reference forward', ()
     const { cosine, sine } = reference.ropeFreqs(9, D, 1e4, 1);
     const position = Int32Array.from([3, 0, 8, 5]);
     const [x, dy] = [random(T * heads * D, 11), random(T * heads * D, 12)];
-    const rotate = (at: Numbers, direction: number): Float64Array => reference.rope(at, position, cosine, sine, T, heads, heads * D, D, direction);
+    const rotate = (at: Numbers, direction: number): Float64Array =>
+      reference.rope(at, position, cosine, sine, T, heads, heads * D, D, direction);
     check('dx', x, (at) => dot(dy, rotate(at, 1)), rotate(dy, -1));
   });
 

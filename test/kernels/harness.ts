@@ -54,7 +54,8 @@ export interface Case<B extends Buffers = Buffers> {
 export const define = <B extends Buffers>(one: Case<B>): Case => one as unknown as Case;
 
 const DTYPES: Readonly<Record<string, DType>> = {
-  Float32Array: 'f32', Float64Array: 'f64', Int32Array: 'i32', BigInt64Array: 'i64', BigUint64Array: 'u64', Uint16Array: 'bf16', Uint8Array: 'u8',
+  Float32Array: 'f32', Float64Array: 'f64', Int32Array: 'i32', BigInt64Array: 'i64', BigUint64Array: 'u64', Uint16Array: 'bf16',
+  Uint8Array: 'u8',
 };
 const ARRAYS = {
   f32: Float32Array, f64: Float64Array, i32: Int32Array, i64: BigInt64Array, u64: BigUint64Array, bf16: Uint16Array, u8: Uint8Array,
@@ -131,8 +132,10 @@ function execute(device: Device, one: Case, start: 'zeros' | 'values', alias?: r
       device.download(got, memory);
       const end = GUARD_BYTES + values.byteLength;
       for (let i = 0; i < got.length; i++) {
-        if ((i < GUARD_BYTES || i >= end) && got[i] !== GUARD) throw new Error(`${name}: wrote to byte ${i - GUARD_BYTES} of ${values.byteLength}`);
-        if (way === 'in' && name !== alias?.[1] && got[i] !== bytes[i]) throw new Error(`${name}: an input was changed at byte ${i - GUARD_BYTES}`);
+        const outside = i < GUARD_BYTES || i >= end;
+        const readOnly = way === 'in' && name !== alias?.[1];
+        if (outside && got[i] !== GUARD) throw new Error(`${name}: wrote to byte ${i - GUARD_BYTES} of ${values.byteLength}`);
+        if (readOnly && got[i] !== bytes[i]) throw new Error(`${name}: an input was changed at byte ${i - GUARD_BYTES}`);
       }
       after[name] = new ARRAYS[dtype](got.slice(GUARD_BYTES, end).buffer);
     }
@@ -153,7 +156,8 @@ function compare(name: string, got: TypedArray, want: Numbers | readonly bigint[
     const bound = tolerance.absolute + tolerance.relative * Math.abs(Number(b));
     const error = Math.abs(Number(a) - Number(b));
     if (error <= bound) continue;
-    throw new Error(`${name}[${i}] is ${a}, must be ${b} within ${bound.toPrecision(3)} (${tolerance.why}); the error is ${error.toPrecision(3)}`);
+    const [allowed, off] = [bound.toPrecision(3), error.toPrecision(3)];
+    throw new Error(`${name}[${i}] is ${a}, must be ${b} within ${allowed} (${tolerance.why}); the error is ${off}`);
   }
 }
 
@@ -172,9 +176,12 @@ export function checkCase(devices: readonly Device[], one: Case): void {
   for (const [name, { way }] of Object.entries(one.buffers)) {
     if (way !== 'in') compare(name, result[name]!, expected[name]!, one.tolerance);
   }
-  for (const [i, device] of [...devices.slice(1), first].entries()) sameBits(`in run ${i + 2} (threads may differ)`, one, result, execute(device, one, 'zeros'));
+  for (const [i, device] of [...devices.slice(1), first].entries()) {
+    sameBits(`in run ${i + 2} (threads may differ)`, one, result, execute(device, one, 'zeros'));
+  }
   for (const alias of one.aliases ?? []) {
-    sameBits(`when ${alias[0]} is ${alias[1]}`, { ...one, buffers: { [alias[0]]: one.buffers[alias[0]]! } }, result, execute(devices.at(-1)!, one, 'values', alias));
+    const aliased = { ...one, buffers: { [alias[0]]: one.buffers[alias[0]]! } };
+    sameBits(`when ${alias[0]} is ${alias[1]}`, aliased, result, execute(devices.at(-1)!, one, 'values', alias));
   }
   if (Object.values(one.buffers).some(({ way }) => way === 'add')) {
     const added = execute(devices.at(-1)!, one, 'values');

@@ -103,7 +103,9 @@ export function softmaxTopkBackward(
 
 // ---- rmsnorm ---------------------------------------------------------------------------------------------------------
 
-export function rmsnormForward(x: Numbers, weight: Numbers, T: number, H: number, epsilon: number): { y: Float64Array; reciprocal: Float64Array } {
+export function rmsnormForward(
+  x: Numbers, weight: Numbers, T: number, H: number, epsilon: number,
+): { y: Float64Array; reciprocal: Float64Array } {
   const reciprocal = map(T, (t) => {
     let sum = 0;
     for (let i = 0; i < H; i++) sum += x[t * H + i]! ** 2;
@@ -112,7 +114,9 @@ export function rmsnormForward(x: Numbers, weight: Numbers, T: number, H: number
   return { reciprocal, y: map(T * H, (i) => x[i]! * reciprocal[Math.floor(i / H)]! * weight[i % H]!) };
 }
 
-export function rmsnormBackward(dy: Numbers, x: Numbers, reciprocal: Numbers, weight: Numbers, T: number, H: number): { dx: Float64Array; dweight: Float64Array } {
+export function rmsnormBackward(
+  dy: Numbers, x: Numbers, reciprocal: Numbers, weight: Numbers, T: number, H: number,
+): { dx: Float64Array; dweight: Float64Array } {
   const dx = make(T * H);
   const dweight = make(H);
   for (let t = 0; t < T; t++) {

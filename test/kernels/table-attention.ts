@@ -1,11 +1,11 @@
-/** The cases of the attention kernels: tiles of 64 and 128 keys and of 128 and 256 rows (query, head) in the CPU library, plus and minus 1. */
+/** The cases of the attention kernels: around tiles of 64 and 128 keys and of 128 and 256 rows (query, head), which the CPU library has. */
 import { define, inout, input, integers, numbers, output } from './harness.ts';
 import type { Case, Tolerance } from './harness.ts';
 import * as reference from './reference.ts';
 
 const SHAPES = [
-  [0, 3, 2, 1, 8], [2, 0, 2, 1, 8], [1, 1, 1, 1, 2], [2, 7, 4, 1, 16], [1, 31, 3, 3, 6], [1, 63, 4, 1, 64], [3, 64, 4, 1, 64], [1, 65, 4, 2, 40],
-  [1, 127, 1, 1, 64], [1, 129, 6, 2, 64], [2, 85, 12, 1, 64], [1, 257, 4, 1, 128], [1, 300, 3, 1, 17],
+  [0, 3, 2, 1, 8], [2, 0, 2, 1, 8], [1, 1, 1, 1, 2], [2, 7, 4, 1, 16], [1, 31, 3, 3, 6], [1, 63, 4, 1, 64], [3, 64, 4, 1, 64],
+  [1, 65, 4, 2, 40], [1, 127, 1, 1, 64], [1, 129, 6, 2, 64], [2, 85, 12, 1, 64], [1, 257, 4, 1, 128], [1, 300, 3, 1, 17],
 ] as const;
 
 /** Queries and keys of moderate size, values and gradients with outliers. */
@@ -27,22 +27,27 @@ const whole = SHAPES.flatMap(([B, S, Q, G, D]): Case[] => {
     define({
       kernel: 'attention_scores', sizes, buffers: { score: output('f32', B * Q * S * S), qkv: input(qkv) },
       run: (k, t) => k.attentionScores(t.score, t.qkv, B, S, Q, G, D, 'f32'),
-      expected: (v) => ({ score: reference.attentionScores(v.qkv, shape) }), tolerance: close(1e-5, 'a float32 dot product of D terms up to 16'),
+      expected: (v) => ({ score: reference.attentionScores(v.qkv, shape) }),
+      tolerance: close(1e-5, 'a float32 dot product of D terms up to 16'),
     }),
     define({
-      kernel: 'attention_output', sizes, buffers: { out: output('f32', B * S * Q * D), probability: input(Float32Array.from(probability)), qkv: input(qkv) },
+      kernel: 'attention_output', sizes,
+      buffers: { out: output('f32', B * S * Q * D), probability: input(Float32Array.from(probability)), qkv: input(qkv) },
       run: (k, t) => k.attentionOutput(t.out, t.probability, t.qkv, B, S, Q, G, D, 'f32'),
-      expected: (v) => ({ out: reference.attentionOutput(v.probability, v.qkv, shape) }), tolerance: close(1e-5, 'a float32 sum over S of values up to 30'),
+      expected: (v) => ({ out: reference.attentionOutput(v.probability, v.qkv, shape) }),
+      tolerance: close(1e-5, 'a float32 sum over S of values up to 30'),
     }),
     define({
-      kernel: 'flash_attention_forward', sizes, buffers: { out: output('f32', B * S * Q * D), logSumExp: output('f32', B * Q * S), qkv: input(qkv) },
+      kernel: 'flash_attention_forward', sizes,
+      buffers: { out: output('f32', B * S * Q * D), logSumExp: output('f32', B * Q * S), qkv: input(qkv) },
       run: (k, t) => k.flashAttentionForward(t.out, t.logSumExp, t.qkv, B, S, Q, G, D, 'f32'),
       expected: () => ({ out, logSumExp }), tolerance: close(3e-5, 'scores within 1e-5 go through exp, values up to 30 are averaged'),
     }),
     define({
       kernel: 'flash_attention_backward', sizes,
       buffers: {
-        dqkv: output('f32', B * S * width), dout: input(dout), out: input(Float32Array.from(out)), logSumExp: input(Float32Array.from(logSumExp)), qkv: input(qkv),
+        dqkv: output('f32', B * S * width), dout: input(dout), out: input(Float32Array.from(out)),
+        logSumExp: input(Float32Array.from(logSumExp)), qkv: input(qkv),
       },
       run: (k, t) => k.flashAttentionBackward(t.dqkv, t.dout, t.out, t.logSumExp, t.qkv, B, S, Q, G, D, 'f32'),
       expected: (v) => ({ dqkv: reference.attentionBackward(v.dout, v.qkv, shape) }),
@@ -52,7 +57,9 @@ const whole = SHAPES.flatMap(([B, S, Q, G, D]): Case[] => {
 });
 
 /** [B, S, C, Q, G, D] */
-const CACHES = [[1, 1, 1, 1, 1, 2], [3, 1, 200, 4, 1, 64], [2, 5, 33, 4, 2, 16], [1, 64, 300, 12, 1, 64], [2, 100, 257, 2, 1, 34], [0, 1, 4, 2, 1, 8]] as const;
+const CACHES = [
+  [1, 1, 1, 1, 1, 2], [3, 1, 200, 4, 1, 64], [2, 5, 33, 4, 2, 16], [1, 64, 300, 12, 1, 64], [2, 100, 257, 2, 1, 34], [0, 1, 4, 2, 1, 8],
+] as const;
 
 const cached = CACHES.flatMap(([B, S, C, Q, G, D]): Case[] => {
   const qkv = rows(B * S, Q, G, D, C);
@@ -82,7 +89,9 @@ const cached = CACHES.flatMap(([B, S, C, Q, G, D]): Case[] => {
     }),
     define({
       kernel: 'attention_cached', sizes,
-      buffers: { out: output('f32', B * S * Q * D), qkv: input(qkv), keyCache: input(keys), valueCache: input(values), start: input(start) },
+      buffers: {
+        out: output('f32', B * S * Q * D), qkv: input(qkv), keyCache: input(keys), valueCache: input(values), start: input(start),
+      },
       run: (k, t) => k.attentionCached(t.out, t.qkv, t.keyCache, t.valueCache, t.start, B, S, C, Q, G, D, 'f32'),
       expected: (v) => ({ out: reference.attentionCached(v.qkv, v.keyCache, v.valueCache, v.start, { B, S, Q, G, D }, C) }),
       tolerance: close(3e-5, 'as flash_attention_forward'),

@@ -55,7 +55,8 @@ export const decodeCases: readonly Case[] = SHAPES.flatMap(([B, V]): Case[] => {
       expected: () => ({ token: tokens({ most: 1, share: 2, temperature: 1 }) }), tolerance: EXACT,
     }),
     define({
-      kernel: 'sample', sizes, buffers, workspace: { V, T: B }, run: (k, t) => k.sample(t.token, t.logits, t.counter, B, V, 0.7, SEED, 'f32'),
+      kernel: 'sample', sizes, buffers, workspace: { V, T: B },
+      run: (k, t) => k.sample(t.token, t.logits, t.counter, B, V, 0.7, SEED, 'f32'),
       expected: () => ({ token: tokens({ most: V, share: 2, temperature: 0.7 }) }), tolerance: EXACT,
     }),
     define({
@@ -64,7 +65,8 @@ export const decodeCases: readonly Case[] = SHAPES.flatMap(([B, V]): Case[] => {
       expected: () => ({ token: tokens({ most: K, share: 2, temperature: 1.3 }) }), tolerance: EXACT,
     }),
     define({
-      kernel: 'topp_sample', sizes, buffers, workspace: { V, T: B }, run: (k, t) => k.toppSample(t.token, t.logits, t.counter, B, V, 0.7, 0.9, SEED, 'f32'),
+      kernel: 'topp_sample', sizes, buffers, workspace: { V, T: B },
+      run: (k, t) => k.toppSample(t.token, t.logits, t.counter, B, V, 0.7, 0.9, SEED, 'f32'),
       expected: () => ({ token: tokens({ most: V, share, temperature: 0.9 }) }), tolerance: EXACT,
     }),
   ];

@@ -22,6 +22,9 @@ typedef struct nn_operand {
                           VL gates and the VL ups that belong to them, so that the epilogue has both. */
 } nn_operand;
 
+/* A tile has this many rows at most. */
+#define NN_TILE_ROWS 14
+
 /* A finished tile of a product: `rows` rows of `stride` floats, each with one panel: vectors 0 and 1 of VL floats each. */
 typedef struct nn_tile {
   const float *values;

@@ -32,6 +32,7 @@
 #define TASK_ROWS_DEEP 960
 #endif
 #define NR (2 * NN_VL)
+_Static_assert(MR <= NN_TILE_ROWS && TASK_ROWS_DEEP % MR == 0 && ROW_BLOCK % MR == 0, "rows come in whole panels");
 /* Steps of k for each turn of the micro kernel's loop: its counting takes ports away from the multiply-adds. */
 #define UNROLL 2
 #define FLOATS_PER_LINE 16

@@ -53,25 +53,29 @@ int64_t NN_SIMD(nn_fetch_down_backward)(const nn_product *product, int64_t row, 
 void NN_SIMD(nn_finish_down_backward)(const nn_product *product, const nn_tile *tile) {
   const nn_down_backward *x = product->argument;
   int64_t F = x->F;
-  for (int64_t i = 0; i < tile->rows; i++) {
-    int64_t row = tile->row + i;
-    nn_vec dot = nn_load(tile->row_state + i * NN_VL);
-    float weight = x->slot_weight[row];
-    for (int v = 0; v < 2; v++) {
-      int64_t column = (2 * tile->panel + v) * NN_VL, count = nn_min64(NN_VL, F - column);
-      if (count <= 0) break;
-      nn_vec dh = nn_load(tile->values + i * tile->stride + v * NN_VL);
-      nn_vec gate = nn_load_tail(x->gate_up + row * 2 * F + column, count);
-      nn_vec up = nn_load_tail(x->gate_up + row * 2 * F + F + column, count);
-      nn_vec sigmoid = nn_sigmoid(gate), silu = gate * sigmoid;
-      nn_vec h = x->h != NULL ? nn_load_tail(x->h + row * F + column, count) : swiglu(gate, up);
-      nn_vec weighted = weight * dh;
-      dot += dh * h;
+  for (int v = 0; v < 2; v++) {
+    int64_t column = (2 * tile->panel + v) * NN_VL, count = nn_min64(NN_VL, F - column);
+    if (count <= 0) break;
+    /* All rows are read before any is written: rows often lie a multiple of 4096 bytes apart, and a load that agrees in its low
+     * 12 bits with a store before it has to wait for that store. */
+    nn_vec gates[NN_TILE_ROWS], ups[NN_TILE_ROWS], hs[NN_TILE_ROWS];
+    for (int64_t i = 0; i < tile->rows; i++) {
+      const float *gate_up = x->gate_up + (tile->row + i) * 2 * F + column;
+      gates[i] = nn_load_tail(gate_up, count);
+      ups[i] = nn_load_tail(gate_up + F, count);
+      if (x->h != NULL) hs[i] = nn_load_tail(x->h + (tile->row + i) * F + column, count);
+    }
+    for (int64_t i = 0; i < tile->rows; i++) {
+      int64_t row = tile->row + i;
+      float weight = x->slot_weight[row], *state = tile->row_state + i * NN_VL;
+      nn_vec dh = nn_load(tile->values + i * tile->stride + v * NN_VL), weighted = weight * dh;
+      nn_vec gate = gates[i], up = ups[i], sigmoid = nn_sigmoid(gate), silu = gate * sigmoid;
+      nn_vec h = x->h != NULL ? hs[i] : swiglu(gate, up);
+      nn_store(state, nn_load(state) + dh * h);
       nn_store_tail(x->dgate_up + row * 2 * F + column, weighted * up * (sigmoid * (1.0f + gate * (1.0f - sigmoid))), count);
       nn_store_tail(x->dgate_up + row * 2 * F + F + column, weighted * silu, count);
       nn_store_tail(x->weighted_h + row * F + column, weight * h, count);
     }
-    nn_store(tile->row_state + i * NN_VL, dot);
   }
 }
 

@@ -15,7 +15,7 @@ import type { DType, DeviceDescription, Kernels, Tensor, TypedArray, WorkspaceSi
 import { errorCode } from '../../config/errors.ts';
 import type { Numbers } from './reference.ts';
 
-export interface Buffer_ {
+export interface CaseBuffer {
   readonly way: 'in' | 'out' | 'add' | 'inout';
   readonly dtype: DType;
   /** Length and type of the buffer, and its content before the call (of an `out` buffer: not used). */
@@ -31,7 +31,7 @@ export interface Tolerance {
 
 export const EXACT: Tolerance = { absolute: 0, relative: 0, why: 'nn.h states the operations, or nothing is rounded' };
 
-type Buffers = Record<string, Buffer_>;
+type Buffers = Record<string, CaseBuffer>;
 
 export interface Case<B extends Buffers = Buffers> {
   /** The name in nn.h without its prefix, and what is particular about this case. */
@@ -61,11 +61,11 @@ const ARRAYS = {
   f32: Float32Array, f64: Float64Array, i32: Int32Array, i64: BigInt64Array, u64: BigUint64Array, bf16: Uint16Array, u8: Uint8Array,
 } as const;
 
-const buffer = (way: Buffer_['way'], values: TypedArray): Buffer_ => ({ way, dtype: DTYPES[values.constructor.name]!, values });
-export const input = (values: TypedArray): Buffer_ => buffer('in', values);
-export const inout = (values: TypedArray): Buffer_ => buffer('inout', values);
-export const accumulate = (values: Float32Array): Buffer_ => buffer('add', values);
-export const output = (dtype: DType, length: number): Buffer_ => buffer('out', new ARRAYS[dtype](length));
+const buffer = (way: CaseBuffer['way'], values: TypedArray): CaseBuffer => ({ way, dtype: DTYPES[values.constructor.name]!, values });
+export const input = (values: TypedArray): CaseBuffer => buffer('in', values);
+export const inout = (values: TypedArray): CaseBuffer => buffer('inout', values);
+export const accumulate = (values: Float32Array): CaseBuffer => buffer('add', values);
+export const output = (dtype: DType, length: number): CaseBuffer => buffer('out', new ARRAYS[dtype](length));
 
 /** Deterministic numbers in [0, 1). */
 export function generator(seed: number): () => number {

@@ -27,7 +27,8 @@ const commonFlags = [
   '-std=gnu11', '-O3', '-fPIC', '-fvisibility=hidden', '-fno-math-errno', '-fno-trapping-math',
   '-Wall', '-Wextra', '-Werror=implicit', '-Wno-unknown-pragmas', '-Wno-psabi',
 ];
-const linkFlags = macos ? ['-dynamiclib'] : ['-shared', '-Wl,-z,nodelete', '-Wl,-z,defs'];
+// nodelete: a worker thread that ends must not unload the library under its threads. initfirst: see spin_briefly in context.c.
+const linkFlags = macos ? ['-dynamiclib'] : ['-shared', '-Wl,-z,nodelete', '-Wl,-z,initfirst', '-Wl,-z,defs'];
 
 /** Instruction sets of *.simd.c: the flags and the macro that simd.h looks at. */
 const instructionSets =

@@ -25,6 +25,12 @@ export const PROTOTYPES = {
   nn_copy_to_host: 'int32_t nn_copy_to_host(uint64_t context, void *destination, uint64_t source, int64_t bytes)',
   nn_copy: 'int32_t nn_copy(uint64_t context, uint64_t destination, uint64_t source, int64_t bytes)',
   nn_synchronize: 'int32_t nn_synchronize(uint64_t context)',
+  nn_graph_begin: 'int32_t nn_graph_begin(uint64_t context)',
+  nn_graph_end: 'int32_t nn_graph_end(uint64_t context, void *graph)',
+  nn_graph_launch: 'int32_t nn_graph_launch(uint64_t context, uint64_t graph)',
+  nn_graph_destroy: 'int32_t nn_graph_destroy(uint64_t context, uint64_t graph)',
+  nn_timer_start: 'int32_t nn_timer_start(uint64_t context, void *timer)',
+  nn_timer_stop: 'int32_t nn_timer_stop(uint64_t context, void *milliseconds, uint64_t timer)',
   nn_silu_forward: 'int32_t nn_silu_forward(uint64_t context, uint64_t y, uint64_t x, int64_t n, int32_t dtype)',
   nn_silu_backward: 'int32_t nn_silu_backward(uint64_t context, uint64_t dx, uint64_t dy, uint64_t x, int64_t n, int32_t dtype)',
   nn_add: 'int32_t nn_add(uint64_t context, uint64_t y, uint64_t a, uint64_t b, int64_t n, int32_t dtype)',
@@ -78,6 +84,7 @@ export const PROTOTYPES = {
   nn_sample: 'int32_t nn_sample(uint64_t context, uint64_t token, uint64_t logits, uint64_t counter, int64_t B, int64_t V, float temperature, uint64_t seed, int32_t dtype)',
   nn_topk_sample: 'int32_t nn_topk_sample(uint64_t context, uint64_t token, uint64_t logits, uint64_t counter, int64_t B, int64_t V, int64_t top_k, float temperature, uint64_t seed, int32_t dtype)',
   nn_topp_sample: 'int32_t nn_topp_sample(uint64_t context, uint64_t token, uint64_t logits, uint64_t counter, int64_t B, int64_t V, float top_p, float temperature, uint64_t seed, int32_t dtype)',
+  nn_advance: 'int32_t nn_advance(uint64_t context, uint64_t history, uint64_t start, uint64_t counter, uint64_t step, uint64_t token, int64_t B, int64_t R)',
 } as const;
 
 /** The functions of a loaded library. Each returns a status of nn.h, but for nn_abi_version. */
@@ -97,6 +104,12 @@ export interface Native {
   readonly nn_copy_to_host: (context: number, destination: TypedArray, source: number, bytes: number) => number;
   readonly nn_copy: (context: number, destination: number, source: number, bytes: number) => number;
   readonly nn_synchronize: (context: number) => number;
+  readonly nn_graph_begin: (context: number) => number;
+  readonly nn_graph_end: (context: number, graph: BigUint64Array) => number;
+  readonly nn_graph_launch: (context: number, graph: number) => number;
+  readonly nn_graph_destroy: (context: number, graph: number) => number;
+  readonly nn_timer_start: (context: number, timer: BigUint64Array) => number;
+  readonly nn_timer_stop: (context: number, milliseconds: Float64Array, timer: number) => number;
   readonly nn_silu_forward: (context: number, y: number, x: number, n: number, dtype: number) => number;
   readonly nn_silu_backward: (context: number, dx: number, dy: number, x: number, n: number, dtype: number) => number;
   readonly nn_add: (context: number, y: number, a: number, b: number, n: number, dtype: number) => number;
@@ -150,6 +163,7 @@ export interface Native {
   readonly nn_sample: (context: number, token: number, logits: number, counter: number, B: number, V: number, temperature: number, seed: number, dtype: number) => number;
   readonly nn_topk_sample: (context: number, token: number, logits: number, counter: number, B: number, V: number, topK: number, temperature: number, seed: number, dtype: number) => number;
   readonly nn_topp_sample: (context: number, token: number, logits: number, counter: number, B: number, V: number, topP: number, temperature: number, seed: number, dtype: number) => number;
+  readonly nn_advance: (context: number, history: number, start: number, counter: number, step: number, token: number, B: number, R: number) => number;
 }
 
 /** Throws the error that belongs to a status other than NN_OK. */
@@ -729,5 +743,17 @@ export class Kernels {
     if (counter.dtype !== 'i32' || !(counter.length >= B)) refuse('topp_sample', 'counter', counter, 'i32', B);
     const status = this.#native.nn_topp_sample(this.#context, token.address, logits.address, counter.address, B, V, topP, temperature, seed, code(dtype));
     if (status !== 0) this.#fail('nn_topp_sample', status);
+  }
+
+  /** One decoding step further, so that a loop of steps needs no host: for each sequence b, history[row, b] = token[b] with
+   * row = step[0], start[b] += 1 and counter[b] += 1; then step[0] = (row + 1) % R. step[0] must be in 0 .. R-1, else nothing is done. */
+  advance(history: Tensor, start: Tensor, counter: Tensor, step: Tensor, token: Tensor, B: number, R: number): void {
+    if (history.dtype !== 'i32' || !(history.length >= R * B)) refuse('advance', 'history', history, 'i32', R * B);
+    if (start.dtype !== 'i32' || !(start.length >= B)) refuse('advance', 'start', start, 'i32', B);
+    if (counter.dtype !== 'i32' || !(counter.length >= B)) refuse('advance', 'counter', counter, 'i32', B);
+    if (step.dtype !== 'i32' || !(step.length >= 1)) refuse('advance', 'step', step, 'i32', 1);
+    if (token.dtype !== 'i32' || !(token.length >= B)) refuse('advance', 'token', token, 'i32', B);
+    const status = this.#native.nn_advance(this.#context, history.address, start.address, counter.address, step.address, token.address, B, R);
+    if (status !== 0) this.#fail('nn_advance', status);
   }
 }

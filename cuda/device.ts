@@ -61,6 +61,11 @@ export interface WorkspaceSizes {
   readonly D: number;
 }
 
+/** Recorded calls, to be launched as one: Device.record. */
+export interface Graph {
+  readonly handle: number;
+}
+
 const STATUS_ARGUMENT = 1;
 const STATUS_WORKSPACE = 3;
 
@@ -189,6 +194,8 @@ export class Device {
   /** Addresses that are allocated, so that close() leaves nothing and a second free is noticed. */
   readonly #allocations = new Set<number>();
   readonly #address = new BigUint64Array(1);
+  readonly #graphs = new Set<number>();
+  #isRecording = false;
 
   /** Throws LIBRARY_INVALID, DEVICE_UNAVAILABLE (no such device, too old, or its driver refuses) or DEVICE_MEMORY. */
   static open(options: DeviceOptions): Device {
@@ -227,6 +234,7 @@ export class Device {
 
   /** Device memory that is not cleared. Throws DEVICE_MEMORY. A length of 0 has an address too. */
   allocate(dtype: DType, length: number): Tensor {
+    this.#refuseWhileRecording('allocate');
     if (!(Number.isSafeInteger(length) && length >= 0)) throw new Error(`allocate: ${length} is no length`);
     this.#call('nn_allocate', this.#native.nn_allocate(this.#context, this.#address, Math.max(1, length) * elementBytes(dtype)));
     const address = Number(this.#address[0]);
@@ -236,24 +244,28 @@ export class Device {
 
   /** Gives back what allocate gave. Anything else, a slice for instance, is a bug. */
   free(tensor: Tensor): void {
+    this.#refuseWhileRecording('free');
     if (!this.#allocations.delete(tensor.address)) throw new Error('free: this memory was not allocated here, or was freed before');
     this.#call('nn_free', this.#native.nn_free(this.#context, tensor.address));
   }
 
   /** Copies all of `from` to the start of `to`. The element types must agree (bf16 travels as Uint16Array). */
   upload(to: Tensor, from: TypedArray): void {
+    this.#refuseWhileRecording('upload');
     this.#checkCopy('upload', to, from);
     this.#call('nn_copy_to_device', this.#native.nn_copy_to_device(this.#context, to.address, from, from.byteLength));
   }
 
   /** Waits for the device, then fills all of `into` from the start of `from`. */
   download(into: TypedArray, from: Tensor): void {
+    this.#refuseWhileRecording('download');
     this.#checkCopy('download', from, into);
     this.#call('nn_copy_to_host', this.#native.nn_copy_to_host(this.#context, into, from.address, into.byteLength));
   }
 
   /** Waits for everything that was queued; throws DEVICE_FAULT if any of it failed. */
   synchronize(): void {
+    this.#refuseWhileRecording('synchronize');
     this.#call('nn_synchronize', this.#native.nn_synchronize(this.#context));
   }
 
@@ -278,9 +290,66 @@ export class Device {
     return flops[0]!;
   }
 
+  /** Whether this device records graphs. One that does not gains nothing from them. */
+  get recordsGraphs(): boolean {
+    return this.#choice.name === 'cuda';
+  }
+
+  /**
+   * Records the kernels that `calls` calls, without running them. Addresses, sizes and scalars are those of the recording;
+   * nothing may be copied to or from the host, allocated or waited for. Throws DEVICE_UNSUPPORTED where !recordsGraphs.
+   */
+  record(calls: () => void): Graph {
+    this.#refuseWhileRecording('record');
+    this.#call('nn_graph_begin', this.#native.nn_graph_begin(this.#context));
+    this.#isRecording = true;
+    const end = (): number => {
+      this.#isRecording = false;
+      return this.#native.nn_graph_end(this.#context, this.#address);
+    };
+    try {
+      calls();
+    } catch (error) {
+      // The recording must end, or the queue is of no more use; the first error is the one to tell.
+      if (end() === 0) this.#native.nn_graph_destroy(this.#context, Number(this.#address[0]));
+      throw error;
+    }
+    this.#call('nn_graph_end', end());
+    const handle = Number(this.#address[0]);
+    this.#graphs.add(handle);
+    return { handle };
+  }
+
+  /** Queues everything that was recorded. */
+  launch({ handle }: Graph): void {
+    if (!this.#graphs.has(handle)) throw new Error('launch: this graph was not recorded here, or was discarded before');
+    this.#call('nn_graph_launch', this.#native.nn_graph_launch(this.#context, handle));
+  }
+
+  /** Gives a graph's memory back. */
+  discard({ handle }: Graph): void {
+    if (!this.#graphs.delete(handle)) throw new Error('discard: this graph was not recorded here, or was discarded before');
+    this.#call('nn_graph_destroy', this.#native.nn_graph_destroy(this.#context, handle));
+  }
+
+  /** Runs `calls` and waits; the milliseconds that the device was at it, by its own clock. */
+  time(calls: () => void): number {
+    const elapsed = new Float64Array(1);
+    this.#call('nn_timer_start', this.#native.nn_timer_start(this.#context, this.#address));
+    const timer = Number(this.#address[0]);
+    try {
+      calls();
+    } finally {
+      this.#call('nn_timer_stop', this.#native.nn_timer_stop(this.#context, elapsed, timer));
+    }
+    return elapsed[0]!;
+  }
+
   /** Frees what is still allocated and closes the device. Closing twice is allowed. */
   close(): void {
     if (this.#context === 0) return;
+    for (const handle of this.#graphs) this.#call('nn_graph_destroy', this.#native.nn_graph_destroy(this.#context, handle));
+    this.#graphs.clear();
     for (const address of this.#allocations) this.#call('nn_free', this.#native.nn_free(this.#context, address));
     this.#allocations.clear();
     const status = this.#native.nn_context_destroy(this.#context);
@@ -290,6 +359,10 @@ export class Device {
 
   #call(name: string, status: number): void {
     if (status !== 0) throwStatus(this.#native, this.#context, name, status);
+  }
+
+  #refuseWhileRecording(what: string): void {
+    if (this.#isRecording) throw new Error(`${what}: a graph is being recorded, which only kernels may be part of`);
   }
 
   #checkCopy(what: string, tensor: Tensor, host: TypedArray): void {

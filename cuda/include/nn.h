@@ -141,6 +141,36 @@ NN_API nn_status nn_copy(
 /* Waits for everything queued on the stream; reports a fault of any kernel before it. */
 NN_API nn_status nn_synchronize(nn_context *context);
 
+/* ---- graphs and time ------------------------------------------------------------------------------------------ */
+
+/* From here to nn_graph_end what is called on this context is recorded instead of run, by this thread only. Copies to and from
+ * the host, waiting and allocating are mistakes until then. Addresses and scalars are recorded by value; what they point to is
+ * read when the graph runs. NN_ERROR_UNSUPPORTED from a library without graphs (the CPU's): call the kernels each time. */
+NN_API nn_status nn_graph_begin(nn_context *context);
+
+/* Ends the recording. The graph may be launched any number of times, each time for the same effect as the recorded calls. */
+NN_API nn_status nn_graph_end(
+    nn_context *context,
+    uint64_t *graph // host u64 [1]
+);
+
+/* Queues all that was recorded. */
+NN_API nn_status nn_graph_launch(nn_context *context, uint64_t graph);
+
+NN_API nn_status nn_graph_destroy(nn_context *context, uint64_t graph);
+
+/* Marks a point in the context's queue. */
+NN_API nn_status nn_timer_start(
+    nn_context *context,
+    uint64_t *timer // host u64 [1]
+);
+
+/* Waits for the queue; milliseconds by the device's clock from the mark to here. The timer is used up. */
+NN_API nn_status nn_timer_stop(
+    nn_context *context,
+    double *milliseconds, // host f64 [1]
+    uint64_t timer);
+
 /* ---- elementwise --------------------------------------------------------------------------------------------- */
 
 /* y = x * sigmoid(x). y may be x. */
@@ -658,6 +688,17 @@ NN_API nn_status nn_topp_sample(
     const void *logits,     // in dtype [B, V]
     const int32_t *counter, // in i32 [B]
     int64_t B, int64_t V, float top_p, float temperature, uint64_t seed, nn_dtype dtype);
+
+/* One decoding step further, so that a loop of steps needs no host: for each sequence b, history[row, b] = token[b] with
+ * row = step[0], start[b] += 1 and counter[b] += 1; then step[0] = (row + 1) % R. step[0] must be in 0 .. R-1, else nothing is done. */
+NN_API nn_status nn_advance(
+    nn_context *context,
+    int32_t *history,     // inout i32 [R, B]
+    int32_t *start,       // inout i32 [B]
+    int32_t *counter,     // inout i32 [B]
+    int32_t *step,        // inout i32 [1]
+    const int32_t *token, // in i32 [B]
+    int64_t B, int64_t R);
 
 #ifdef __cplusplus
 }

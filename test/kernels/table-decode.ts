@@ -1,5 +1,5 @@
-/** The cases of argmax and the three ways of sampling: the token must be the very one that the stated rule gives. */
-import { EXACT, define, input, integers, numbers, output } from './harness.ts';
+/** The cases of argmax and the three ways of sampling, whose token must be the very one that the stated rule gives, and of the loop's step. */
+import { EXACT, define, inout, input, integers, numbers, output } from './harness.ts';
 import type { Case } from './harness.ts';
 import type { Numbers } from './reference.ts';
 import { uniform } from './generator-reference.ts';
@@ -36,7 +36,24 @@ function choose(logits: Numbers, b: number, V: number, counter: number, { most, 
   return candidates.at(-1)!;
 }
 
-export const decodeCases: readonly Case[] = SHAPES.flatMap(([B, V]): Case[] => {
+const advanceCases = [[0, 3, 1], [1, 1, 0], [3, 5, 2], [3, 5, 4], [64, 32, 31], [257, 2, 0], [4, 3, 3], [4, 3, -1], [4, 0, 0]].map(([B, R, row]) => {
+  const before = { history: integers(B! * R!, 1, 99), start: integers(B!, 2, 1 << 20), counter: integers(B!, 3, 99), step: Int32Array.of(row!) };
+  const token = integers(B!, 4, 32000);
+  const isInside = row! >= 0 && row! < R!;
+  return define({
+    kernel: 'advance', sizes: `B=${B} R=${R} step=${row}`, tolerance: EXACT,
+    buffers: { history: inout(before.history), start: inout(before.start), counter: inout(before.counter), step: inout(before.step), token: input(token) },
+    run: (k, t) => k.advance(t.history, t.start, t.counter, t.step, t.token, B!, R!),
+    expected: () => ({
+      history: before.history.map((value, at) => (isInside && Math.floor(at / B!) === row ? token[at % B!]! : value)),
+      start: before.start.map((value) => value + Number(isInside)),
+      counter: before.counter.map((value) => value + Number(isInside)),
+      step: isInside ? [(row! + 1) % R!] : [row!],
+    }),
+  });
+});
+
+const choiceCases: readonly Case[] = SHAPES.flatMap(([B, V]): Case[] => {
   const logits = numbers(B * V, B + V, 0.8);
   if (V > 30) {
     logits.fill(NaN, 0, 3);
@@ -71,3 +88,5 @@ export const decodeCases: readonly Case[] = SHAPES.flatMap(([B, V]): Case[] => {
     }),
   ];
 });
+
+export const decodeCases: readonly Case[] = [...choiceCases, ...advanceCases];

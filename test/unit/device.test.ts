@@ -50,6 +50,25 @@ describe('device', () => {
     device.free(tensor);
   });
 
+  it('times what it does, also when that fails', () => {
+    const tensor = device.allocate('f32', 1 << 20);
+    const add = (): void => device.kernels.add(tensor, tensor, tensor, tensor.length, 'f32');
+    device.kernels.zeroGrad(tensor, tensor.length);
+    const before = performance.now();
+    const elapsed = device.time(add);
+    expect(elapsed).to.be.above(0).and.at.most(performance.now() - before);
+    expect(failure(() => device.time(() => device.kernels.add(tensor, tensor, tensor, 2 ** 21, 'f32')))).to.match(/^BUG: /);
+    expect(device.time(() => undefined)).to.be.below(elapsed + 1000);
+    device.free(tensor);
+  });
+
+  it('says that the CPU records no graphs', () => {
+    expect(device.recordsGraphs).to.equal(false);
+    expect(failure(() => device.record(() => undefined))).to.match(/^DEVICE_UNSUPPORTED: nn_graph_begin: .*CPU/);
+    expect(failure(() => device.launch({ handle: 1 }))).to.match(/^BUG: launch: /);
+    expect(failure(() => device.discard({ handle: 1 }))).to.match(/^BUG: discard: /);
+  });
+
   it('refuses host memory of another type, and more of it than there is room for', () => {
     const tensor = device.allocate('f32', 4);
     expect(failure(() => device.upload(tensor, new Float64Array(2)))).to.match(/^BUG: upload: .*host f32.*Float64Array/);

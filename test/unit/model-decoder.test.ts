@@ -3,7 +3,7 @@ import { errorCode } from '../../config/errors.ts';
 import { PRESETS } from '../../config/presets.ts';
 import type { ModelConfig } from '../../config/presets.ts';
 import { Device } from '../../cuda/device.ts';
-import { Decoder } from '../../workers/model/decoder.ts';
+import { Decoder, decoderPlan } from '../../workers/model/decoder.ts';
 import type { GenerateOptions } from '../../workers/model/decoder.ts';
 import { Trainer } from '../../workers/model/trainer.ts';
 import type { WeightSource } from '../../workers/model/trainer.ts';
@@ -118,6 +118,35 @@ describe('decoder', () => {
     expect(generate({ prompts: [] })).to.deep.equal([]);
   });
 
+  it('gives the same tokens however seldom they are read', () => {
+    const seldom = new Decoder(device, { model, precision: 'fp32', capacity: 40, batch: 3, prefillTokens: 12, stepsPerRead: 8 });
+    seldom.loadWeights(source);
+    const prompts = [text.slice(0, 5), text.slice(3, 9), text.slice(7, 8), text.slice(2, 17)];
+    const [whole] = generate();
+    for (const change of [{}, { maxTokens: 1 }, { maxTokens: 2 }, { maxTokens: 25 }, { eos: whole![5]! }, { method: 'sample', temperature: 2, seed: 4 }] as const) {
+      const told: [number, number][][] = [[], []];
+      const tokens = [decoder, seldom].map((each, at) =>
+        each.generate({ prompts, maxTokens: 13, method: 'greedy', ...change, onToken: (prompt, token) => told[at]!.push([prompt, token]) }),
+      );
+      expect(tokens[1]).to.deep.equal(tokens[0]);
+      expect(told[1]).to.deep.equal(told[0]);
+    }
+    let count = 0;
+    const stopped = seldom.generate({ prompts: prompts.slice(0, 2), maxTokens: 20, method: 'greedy', onToken: () => count++, shouldStop: () => count >= 6 });
+    expect(stopped).to.deep.equal(generate({ prompts: prompts.slice(0, 2), maxTokens: 3 }));
+    seldom.close();
+  });
+
+  it('plans 2 GB of cache for 262,144 positions of 6.9b in bf16, and 16 GB in all', () => {
+    const options = { model: PRESETS['6.9b'], precision: 'bf16', capacity: 262_144, batch: 1, prefillTokens: 4096, stepsPerRead: 32 } as const;
+    const plan = decoderPlan(options, 1e8);
+    expect(plan.bytes.cache).to.equal(30 * 2 * 262_144 * 64 * 2);
+    expect(plan.bytes.computeWeights).to.be.within(13.76e9, 13.77e9);
+    expect(plan.totalBytes).to.be.below(16.5e9);
+    // Batch 64 at 1,024 positions is half as much cache.
+    expect(decoderPlan({ ...options, capacity: 1024, batch: 64 }).bytes.cache).to.equal(plan.bytes.cache / 4);
+  });
+
   it('fills its capacity to the last position, and refuses what is beyond', () => {
     expect(generate({ prompts: [text.slice(0, 20)], maxTokens: 21 })[0]).to.have.length(21);
     const refused = (change: Partial<GenerateOptions>): string => {
@@ -155,10 +184,23 @@ describe('decoder', () => {
     },
   } as const;
 
+  it('draws the weights of a run’s first version, and times its steps', () => {
+    const [fresh, other] = [0, 1].map(() => new Decoder(device, { model, precision: 'fp32', capacity: 40, batch: 1 })) as [Decoder, Decoder];
+    fresh.initialise(9);
+    trainer.initialise(9);
+    other.loadWeights(source);
+    expect(fresh.logits(text, 24)).to.deep.equal(other.logits(text, 24));
+    expect(fresh.timeSteps([text], 5)).to.be.within(1e-4, 1000);
+    expect(fresh.timePrefill([text])).to.be.within(1e-4, 1000);
+    expect(() => fresh.timeSteps([text], 16)).to.throw('positions');
+    fresh.close();
+    other.close();
+  });
+
   it('is refused before anything is allocated when its cache does not fit', () => {
     let caught: unknown;
     try {
-      decoder = new Decoder(device, { model, precision: 'fp32', capacity: 1 << 30, batch: 64 });
+      void new Decoder(device, { model, precision: 'fp32', capacity: 1 << 30, batch: 64 });
     } catch (error) {
       caught = error;
     }

@@ -4,7 +4,7 @@ import { PRESETS, elementCount, parameterCount, parameterShapes } from '../../co
 import type { ModelConfig } from '../../config/presets.ts';
 import type { Recompute } from '../../config/run-spec.ts';
 import { layoutParameters, viewsOf } from '../../workers/model/parameters.ts';
-import { memoryPlan, place } from '../../workers/model/plan.ts';
+import { keptOf, memoryPlan, place, planWithin } from '../../workers/model/plan.ts';
 import type { PlanOptions } from '../../workers/model/plan.ts';
 import { learningRate } from '../../workers/model/schedule.ts';
 
@@ -119,6 +119,59 @@ describe('memory plan', () => {
     const whole = memoryPlan(options(PRESETS['6.9b'], { ...wanted, recompute: 'layer', optimizer: { stateDtype: 'bf16' } }));
     expect(whole.bytes.activations).to.be.below(5e9);
     expect(whole.totalBytes).to.be.below(141e9);
+  });
+});
+
+describe('memory plan of 6.9b on a GPU with 139.8 GiB', () => {
+  // What such a GPU has free for an arena once its context is made, less the trainer's spare 1.5 GB.
+  const available = 150.1e9 - 2.1e9;
+  const workspace = 1e9;
+  const large = (sequences: number, sequenceLength: number, stateDtype: 'fp32' | 'bf16' = 'fp32'): PlanOptions =>
+    options(PRESETS['6.9b'], { precision: 'bf16', recompute: 'layer', sequences, sequenceLength, optimizer: { stateDtype } });
+
+  it('holds one sequence of 32,768, or eight of 4,096, beside float32 states', () => {
+    for (const [sequences, sequenceLength] of [[1, 32_768], [8, 4096]] as const) {
+      const plan = memoryPlan(large(sequences, sequenceLength), workspace);
+      expect(plan.bytes.activations).to.be.within(6.8e9, 6.9e9);
+      expect(plan.totalBytes).to.be.below(132e9);
+    }
+    expect(memoryPlan({ ...large(8, 4096), recompute: 'swiglu' }, workspace).totalBytes).to.be.above(available);
+  });
+
+  it('computes less again where memory is left: all attention is kept, and gate and up of so many layers', () => {
+    const rows = [
+      [1, 'fp32', 30], [2, 'fp32', 25], [4, 'fp32', 10], [8, 'fp32', 3], [2, 'bf16', 30], [4, 'bf16', 27], [8, 'bf16', 12],
+    ] as const;
+    for (const [sequences, stateDtype, gateUp] of rows) {
+      const { plan, keep } = planWithin(large(sequences, 4096, stateDtype), workspace, available);
+      expect(keep, `${sequences} sequences, ${stateDtype}`).to.deep.equal({ attention: 30, gateUp });
+      expect(plan.totalBytes).to.be.at.most(available);
+      if (gateUp < 30) expect(memoryPlan({ ...large(sequences, 4096, stateDtype), keep: { attention: 30, gateUp: gateUp + 1 } }, workspace).totalBytes).to.be.above(available);
+    }
+  });
+
+  it('keeps attention of fewer layers where less is left, and nothing where nothing is', () => {
+    const { plan, keep } = planWithin(large(16, 4096), workspace, available);
+    expect(keep.gateUp).to.equal(1);
+    expect(keep.attention).to.be.within(2, 29);
+    expect(plan.totalBytes).to.be.at.most(available);
+    expect(planWithin(large(32, 4096), workspace, available).keep).to.deep.equal({ attention: 1, gateUp: 1 });
+    expect(planWithin({ ...large(1, 4096), recompute: 'swiglu' }, workspace, available).plan).to.deep.equal(memoryPlan({ ...large(1, 4096), recompute: 'swiglu' }, workspace));
+  });
+
+  it('never lets buffers of a plan that are alive at once share bytes, whatever is kept', () => {
+    const small = options({ ...PRESETS.tiny, layers: 5 }, { recompute: 'layer' });
+    for (const keep of [{ attention: 0, gateUp: 0 }, { attention: 3, gateUp: 2 }, { attention: 5, gateUp: 4 }, { attention: 2, gateUp: 4 }]) {
+      const buffers = [...memoryPlan({ ...small, keep }).buffers.values()].filter(({ length }) => length > 0);
+      const end = ({ offset, length, dtype }: (typeof buffers)[number]): number => offset + length * { f32: 4, i32: 4, u8: 1, f64: 8, u64: 8, i64: 8, bf16: 2 }[dtype];
+      for (const [at, a] of buffers.entries()) {
+        for (const b of buffers.slice(0, at)) {
+          const together = a.from <= b.to && b.from <= a.to;
+          if (together) expect(end(a) <= b.offset || end(b) <= a.offset, `${a.name} and ${b.name}`).to.equal(true);
+        }
+      }
+      expect(keptOf({ ...small, keep }, 4)).to.equal('h');
+    }
   });
 });
 

@@ -101,6 +101,14 @@ describe('trainer', () => {
     expect(layer).to.deep.equal(none);
   });
 
+  it('gives the same bits whatever layer mode keeps', () => {
+    const nothing = train(make({ recompute: 'layer', keep: { attention: 0, gateUp: 0 } }), 2);
+    for (const keep of [{ attention: 2, gateUp: 0 }, { attention: 3, gateUp: 2 }, { attention: 3, gateUp: 3 }, { attention: 0, gateUp: 2 }]) {
+      expect(train(make({ recompute: 'layer', keep }), 2)).to.deep.equal(nothing);
+    }
+    expect(make({ recompute: 'layer' }).keep).to.deep.equal({ attention: 1, gateUp: 1 });
+  });
+
   it('gives the same bits on 1 and on 3 threads', () => {
     const one = train(make());
     const three = Device.open({ library: 'cpu', index: 0, threads: 3 });

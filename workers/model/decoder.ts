@@ -5,7 +5,11 @@
  *
  * All sequences of a group take each step together. A prompt that ends inside a piece is padded: what the padding writes into
  * the cache lies behind the prompt's end, is seen by nobody, and is overwritten by the tokens to come. A sequence that has
- * ended steps on in place until all have.
+ * ended steps on until all have; its further tokens are left out.
+ *
+ * The loop of steps lives on the device: token, position and random counter of each sequence lie there, a step feeds them to
+ * itself (nn_advance), and the tokens gather in `history`, which the host reads every so many steps. So a step is the same
+ * kernels over the same buffers each time: one graph.
  */
 import { NnError } from '../../config/errors.ts';
 import type { ModelConfig } from '../../config/presets.ts';
@@ -19,11 +23,12 @@ import { embeddingForward, headLogits } from './head.ts';
 import { combineForward, expertsForward, routeForward } from './moe.ts';
 import type { MoeState } from './moe.ts';
 import { layoutParameters, viewsOf } from './parameters.ts';
-import type { ModelViews, ParameterLayout, WeightSource } from './parameters.ts';
+import type { ModelViews, ParameterLayout, PlacedParameter, WeightSource } from './parameters.ts';
 import { layOut } from './plan.ts';
 import type { MemoryKind, MemoryPlan, Request } from './plan.ts';
+import { Replay } from './replay.ts';
 import { sizesOf } from './sizes.ts';
-import type { Sizes } from './sizes.ts';
+import type { BatchSizes, Sizes } from './sizes.ts';
 
 export type { WeightSource } from './parameters.ts';
 
@@ -34,8 +39,15 @@ export interface DecoderOptions {
   readonly capacity: number;
   /** Sequences generated at once; more prompts are taken in groups of so many. */
   readonly batch: number;
-  /** Tokens of all prompts taken in at once. Default 512. */
-  readonly prefillTokens?: number;
+  /** Tokens of all prompts taken in at once. Default 512, on a GPU 4096. */
+  readonly prefillTokens?: number | undefined;
+  /**
+   * Steps after which the host reads the new tokens, at most: the reads begin at 1 step and double. Until then no token is told, and
+   * neither an end nor shouldStop is seen. Default 1, on a GPU 32.
+   */
+  readonly stepsPerRead?: number | undefined;
+  /** On a device that records graphs, whether a step becomes one, to the same tokens. Default true. */
+  readonly graph?: boolean | undefined;
 }
 
 export interface GenerateOptions {
@@ -57,15 +69,19 @@ export interface GenerateOptions {
   readonly ntkAlpha?: number | null;
   /** Called for each token as it is chosen, with the index of its prompt. */
   readonly onToken?: (prompt: number, token: number) => void;
-  /** Asked after each step; true ends the generation with what there is. */
+  /** Asked after each step that is read; true ends the generation with what there is. */
   readonly shouldStop?: () => boolean;
 }
 
-const PREFILL_TOKENS = 512;
+const PREFILL_TOKENS = { cpu: 512, cuda: 4096 } as const;
+const STEPS_PER_READ = { cpu: 1, cuda: 32 } as const;
+
+/** Options with nothing left to the device. */
+type PlannedOptions = DecoderOptions & { readonly prefillTokens: number; readonly stepsPerRead: number };
 
 /** Bytes and places of a decoder's memory. Pure. */
-export function decoderPlan(options: DecoderOptions, workspaceBytes = 0): MemoryPlan {
-  const { model, precision, capacity, batch } = options;
+export function decoderPlan(options: PlannedOptions, workspaceBytes = 0): MemoryPlan {
+  const { model, precision, capacity, batch, stepsPerRead } = options;
   const { H, F, E, K, V, Q, G, D, P, L, dtype } = sizesOf(model, precision);
   const rows = rowsOf(options);
   const N = rows * K;
@@ -80,6 +96,8 @@ export function decoderPlan(options: DecoderOptions, workspaceBytes = 0): Memory
       buffer('tables', 'position', 'i32', rows),
       buffer('tables', 'tokens', 'i32', rows),
       ...['start', 'counter', 'row', 'token'].map((name) => buffer('tables', name, 'i32', batch)),
+      buffer('tables', 'step', 'i32', 1),
+      buffer('tables', 'history', 'i32', stepsPerRead * batch),
       ...Array.from({ length: L }, (_, layer) => [
         buffer('cache', `keys.${layer}`, dtype, batch * capacity * G * D),
         buffer('cache', `values.${layer}`, dtype, batch * capacity * G * D),
@@ -96,12 +114,12 @@ export function decoderPlan(options: DecoderOptions, workspaceBytes = 0): Memory
   );
 }
 
-const rowsOf = ({ batch, prefillTokens = PREFILL_TOKENS }: DecoderOptions): number => Math.max(batch, prefillTokens);
+const rowsOf = ({ batch, prefillTokens }: PlannedOptions): number => Math.max(batch, prefillTokens);
 
 export class Decoder {
   readonly #device: Device;
   readonly #kernels: Kernels;
-  readonly #options: DecoderOptions;
+  readonly #options: PlannedOptions;
   readonly #sizes: Sizes;
   readonly #layout: ParameterLayout;
   readonly #arena: Arena;
@@ -109,11 +127,14 @@ export class Decoder {
   readonly #weights: ModelViews;
   readonly #state: MoeState;
   readonly #caches: readonly AttentionCache[];
+  readonly #step: Replay;
   /** NTK alpha that the RoPE tables hold now. */
   #alphaOf = Number.NaN;
 
   /** Throws DEVICE_MEMORY, with the bytes needed and there, before it allocates anything. Weights come by loadWeights. */
-  constructor(device: Device, options: DecoderOptions) {
+  constructor(device: Device, given: DecoderOptions) {
+    const { kind } = device.description;
+    const options = { ...given, prefillTokens: given.prefillTokens ?? PREFILL_TOKENS[kind], stepsPerRead: given.stepsPerRead ?? STEPS_PER_READ[kind] };
     const { model, precision, capacity } = options;
     const rows = rowsOf(options);
     this.#device = device;
@@ -124,6 +145,7 @@ export class Decoder {
     const workspaceBytes = device.workspaceBytes({ T: rows, S: rows, ...this.#sizes }, this.#sizes.dtype);
     this.#arena = new Arena(device, decoderPlan(options, workspaceBytes), 'take fewer prompts at once, fewer tokens, or a larger device');
     const at = (name: string): Tensor => this.#arena.tensor(name);
+    this.#step = new Replay(device, options.graph !== false);
     this.#flat = at('weights');
     this.#weights = viewsOf(model, this.#layout, this.#flat);
     this.#state = {
@@ -136,22 +158,20 @@ export class Decoder {
 
   /** Takes all weights from a source, rounding them to the compute type. What the source lacks, it throws for. */
   loadWeights(source: WeightSource): void {
-    const { parameters } = this.#layout;
-    const { dtype } = this.#sizes;
-    const longest = parameters.reduce((most, { length }) => Math.max(most, length), 0);
-    const host = new Float32Array(longest);
-    const staging = dtype === 'f32' ? null : this.#device.allocate('f32', longest);
-    try {
-      for (const { name, offset, length } of parameters) {
-        const values = host.subarray(0, length);
-        source.read(name, values);
-        const target = slice(this.#flat, offset, length);
-        this.#device.upload(staging ?? target, values);
-        if (staging !== null) this.#kernels.cast(target, staging, length, dtype, 'f32');
-      }
-    } finally {
-      if (staging !== null) this.#device.free(staging);
-    }
+    const host = new Float32Array(this.#longest());
+    this.#fill(({ name, length }, _index, target) => {
+      const values = host.subarray(0, length);
+      source.read(name, values);
+      this.#device.upload(target, values);
+    });
+  }
+
+  /** The weights of a run's version 0, as Trainer.initialise draws them: for benchmarks. */
+  initialise(seed: number): void {
+    this.#fill(({ shape, length }, index, target) => {
+      if (shape.length >= 2) this.#kernels.randomNormal(target, length, seed, index, 0, 0.02);
+      else this.#device.upload(target, new Float32Array(length).fill(1));
+    });
   }
 
   /**
@@ -187,8 +207,32 @@ export class Decoder {
     return all;
   }
 
+  /**
+   * For benchmarks: milliseconds of one greedy step, the mean of `count` after the prompts were taken in and a few steps made, by the
+   * device's clock. Nothing is read back.
+   */
+  timeSteps(prompts: readonly (readonly number[])[], count: number): number {
+    const warmup = 4;
+    for (const [index, prompt] of prompts.entries()) this.#checkTokens(prompt, `prompt ${index}`, warmup + count + 1);
+    const options: GenerateOptions = { prompts, maxTokens: warmup + count, method: 'greedy' };
+    this.#takeIn(prompts, 0, options);
+    for (let step = 0; step < warmup; step++) this.#takeStep(prompts.length, options);
+    const elapsed = this.#device.time(() => {
+      for (let step = 0; step < count; step++) this.#takeStep(prompts.length, options);
+    });
+    return elapsed / count;
+  }
+
+  /** For benchmarks: milliseconds of taking in prompts, by the device's clock. */
+  timePrefill(prompts: readonly (readonly number[])[]): number {
+    for (const [index, prompt] of prompts.entries()) this.#checkTokens(prompt, `prompt ${index}`, 1);
+    this.#begin(null);
+    return this.#device.time(() => this.#prefill(prompts));
+  }
+
   /** Gives the memory back; the decoder is of no use afterwards. */
   close(): void {
+    this.#step.close();
     this.#device.setWorkspace(null);
     this.#arena.free();
   }
@@ -210,31 +254,60 @@ export class Decoder {
     const { maxTokens, eos = null, onToken, shouldStop } = options;
     const outputs: number[][] = prompts.map(() => []);
     if (maxTokens < 1) return outputs;
+    const B = prompts.length;
+    const isEnded = prompts.map(() => false);
+    this.#takeIn(prompts, first, options);
+    let done = 0; // steps that were read
+    for (let steps = 1; ; steps = Math.min(2 * steps, this.#options.stepsPerRead, maxTokens - done)) {
+      // The first of all steps is taken already: what the prompts' last tokens led to.
+      for (let step = done === 0 ? 1 : 0; step < steps; step++) this.#takeStep(B, options);
+      const history = this.#readHistory(B, steps);
+      done += steps;
+      for (let step = 0; step < steps; step++) {
+        for (const [b, output] of outputs.entries()) {
+          if (isEnded[b] === true) continue;
+          const token = history[step * B + b]!;
+          if (token === eos) isEnded[b] = true;
+          else {
+            output.push(token);
+            onToken?.(first + b, token);
+            isEnded[b] = output.length === maxTokens;
+          }
+        }
+        if (isEnded.every(Boolean) || shouldStop?.() === true) return outputs;
+      }
+    }
+  }
+
+  /** Feeds the prompts and chooses the first token of each. Prompts of later groups draw other random numbers. */
+  #takeIn(prompts: readonly (readonly number[])[], first: number, options: GenerateOptions): void {
+    const at = (name: string): Tensor => this.#arena.tensor(name);
+    const group = first / this.#options.batch;
     this.#begin(options.ntkAlpha ?? null);
     this.#prefill(prompts);
-    const B = prompts.length;
-    /** The position of each sequence's newest token, once it has been fed. */
-    const position = prompts.map((prompt) => prompt.length - 1);
-    const isEnded = prompts.map(() => false);
-    const chosen = new Int32Array(B);
-    for (;;) {
-      this.#choose(position, first, options);
-      this.#device.download(chosen, this.#arena.tensor('token'));
-      for (const [b, output] of outputs.entries()) {
-        if (isEnded[b] === true) continue;
-        const token = chosen[b]!;
-        if (token === eos) isEnded[b] = true;
-        else {
-          output.push(token);
-          onToken?.(first + b, token);
-          isEnded[b] = output.length === maxTokens;
-        }
-      }
-      if (isEnded.every(Boolean) || shouldStop?.() === true) return outputs;
-      for (let b = 0; b < B; b++) if (isEnded[b] !== true) position[b]!++;
-      this.#forward(outputs.map((output, b) => [isEnded[b] === true ? 0 : output.at(-1)!]), position);
+    // The position of each sequence's newest token; nn_advance then makes it that of the token to come.
+    this.#device.upload(at('start'), Int32Array.from(prompts, ({ length }) => length - 1));
+    this.#device.upload(at('counter'), Int32Array.from(prompts, ({ length }) => length - 1 + group * this.#options.capacity));
+    this.#device.upload(at('step'), Int32Array.of(0));
+    this.#queueChoice(prompts.length, options);
+  }
+
+  /** One step of the loop: feeds the newest tokens, chooses the next. Waits for nothing. */
+  #takeStep(B: number, options: GenerateOptions): void {
+    const { method, temperature, topK, topP, seed } = options;
+    this.#step.run(JSON.stringify([B, method, temperature, topK, topP, seed]), () => {
+      this.#queueLayers(this.#arena.tensor('token'), this.#arena.tensor('start'), { B, S: 1, T: B });
       this.#headOf(this.#arena.tensor('x'), B);
-    }
+      this.#queueChoice(B, options);
+    });
+  }
+
+  /** Waits for `steps` steps, and has the next begin at the front of the history. */
+  #readHistory(B: number, steps: number): Int32Array {
+    const history = new Int32Array(steps * B);
+    this.#device.download(history, this.#arena.tensor('history'));
+    this.#device.upload(this.#arena.tensor('step'), Int32Array.of(0));
+    return history;
   }
 
   /** Lends the workspace and sees to the RoPE tables. */
@@ -263,15 +336,20 @@ export class Decoder {
   #forward(tokens: readonly (readonly number[])[], start: readonly number[]): void {
     const B = tokens.length;
     const S = tokens[0]!.length;
-    const batch = { B, S, T: B * S };
     const at = (name: string): Tensor => this.#arena.tensor(name);
     this.#device.upload(at('tokens'), Int32Array.from(tokens.flat()));
     this.#device.upload(at('start'), Int32Array.from(start));
     this.#device.upload(at('position'), Int32Array.from({ length: B * S }, (_, row) => start[Math.floor(row / S)]! + (row % S)));
-    const rope = { cosine: at('cosine'), sine: at('sine'), position: at('position'), positions: this.#options.capacity };
+    this.#queueLayers(at('tokens'), at('position'), { B, S, T: B * S });
+  }
+
+  /** Embedding and all layers for tokens [T] at positions [T]. Leaves x [T, H]. */
+  #queueLayers(tokens: Tensor, position: Tensor, batch: BatchSizes): void {
+    const at = (name: string): Tensor => this.#arena.tensor(name);
+    const rope = { cosine: at('cosine'), sine: at('sine'), position, positions: this.#options.capacity };
     const attention = { reciprocal1: at('reciprocal1'), normed1: at('normed1'), qkv: at('qkv'), attention: at('attention') };
     const [x, delta, slots] = [at('x'), at('delta'), at('slots')];
-    embeddingForward(this.#kernels, x, at('tokens'), this.#weights, batch, this.#sizes);
+    embeddingForward(this.#kernels, x, tokens, this.#weights, batch, this.#sizes);
     for (const [layer, weights] of this.#weights.layers.entries()) {
       attentionCachedForward(this.#kernels, delta, attention, this.#caches[layer]!, x, weights, rope, batch, this.#sizes);
       routeForward(this.#kernels, this.#state, x, delta, weights, batch, this.#sizes);
@@ -295,17 +373,35 @@ export class Decoder {
     headLogits(this.#kernels, this.#arena.tensor('head.logits'), scratch, x, this.#weights, rows, this.#sizes);
   }
 
-  /** Chooses a token for each sequence, which stands at position[b]. Prompts of later groups draw other random numbers. */
-  #choose(position: readonly number[], first: number, options: GenerateOptions): void {
+  /** Chooses a token for each sequence from the logits, and moves the loop's state one step on. */
+  #queueChoice(B: number, options: GenerateOptions): void {
     const { method, temperature = 1, topK = 40, topP = 0.95, seed = 0 } = options;
-    const B = position.length;
+    const at = (name: string): Tensor => this.#arena.tensor(name);
     const { V } = this.#sizes;
-    const [token, logits, counter] = [this.#arena.tensor('token'), this.#arena.tensor('head.logits'), this.#arena.tensor('counter')];
-    if (method === 'greedy') return this.#kernels.argmax(token, logits, B, V, 'f32');
-    const group = first / this.#options.batch;
-    this.#device.upload(counter, Int32Array.from(position, (each) => each + group * this.#options.capacity));
-    if (method === 'sample') this.#kernels.sample(token, logits, counter, B, V, temperature, seed, 'f32');
+    const [token, logits, counter] = [at('token'), at('head.logits'), at('counter')];
+    if (method === 'greedy') this.#kernels.argmax(token, logits, B, V, 'f32');
+    else if (method === 'sample') this.#kernels.sample(token, logits, counter, B, V, temperature, seed, 'f32');
     else if (method === 'top-k') this.#kernels.topkSample(token, logits, counter, B, V, Math.min(topK, V), temperature, seed, 'f32');
     else this.#kernels.toppSample(token, logits, counter, B, V, topP, temperature, seed, 'f32');
+    this.#kernels.advance(at('history'), at('start'), counter, at('step'), token, B, this.#options.stepsPerRead);
+  }
+
+  #longest(): number {
+    return this.#layout.parameters.reduce((most, { length }) => Math.max(most, length), 0);
+  }
+
+  /** Has `write` fill each parameter as float32 and rounds it to the compute type. */
+  #fill(write: (parameter: PlacedParameter, index: number, target: Tensor) => void): void {
+    const { dtype } = this.#sizes;
+    const staging = dtype === 'f32' ? null : this.#device.allocate('f32', this.#longest());
+    try {
+      for (const [index, parameter] of this.#layout.parameters.entries()) {
+        const place = slice(this.#flat, parameter.offset, parameter.length);
+        write(parameter, index, staging ?? place);
+        if (staging !== null) this.#kernels.cast(place, staging, parameter.length, dtype, 'f32');
+      }
+    } finally {
+      if (staging !== null) this.#device.free(staging);
+    }
   }
 }

@@ -2,7 +2,6 @@
  * The forward and the backward of the whole model over the buffers of a plan: which layer runs when, what is computed again,
  * and the one report that is read back. Knows nothing of optimizers and steps. Used by the trainer. Shape letters: sizes.ts.
  */
-import type { Recompute } from '../../config/run-spec.ts';
 import type { Device, Kernels, Tensor } from '../../cuda/device.ts';
 import type { Arena } from './arena.ts';
 import type { RopeTables } from './attention.ts';
@@ -10,9 +9,11 @@ import { embeddingBackward, embeddingForward, headLogits, headLoss, headLossAndB
 import type { HeadState } from './head.ts';
 import { layerBackward, layerForward, layerInner } from './layer.ts';
 import type { LayerScratch, LayerState } from './layer.ts';
+import { expertsForward } from './moe.ts';
 import type { ModelViews } from './parameters.ts';
-import { keepsH, keepsLayer, reportBytes } from './plan.ts';
-import type { ScratchName, StateName } from './plan.ts';
+import { hasH, reportBytes } from './plan.ts';
+import type { Kept, ScratchName, StateName } from './plan.ts';
+import { Replay } from './replay.ts';
 import type { BatchSizes, Sizes } from './sizes.ts';
 
 /** Token ids of whole sequences, one after the other; a target of -100 is ignored. */
@@ -31,7 +32,10 @@ export interface NetworkOptions {
   readonly sizes: Sizes;
   readonly sequenceLength: number;
   readonly maximumTokens: number;
-  readonly recompute: Recompute;
+  /** What each layer keeps, by the plan. */
+  readonly kept: readonly Kept[];
+  /** Whether a microbatch becomes a graph once it repeats. */
+  readonly graph: boolean;
   readonly ropeTheta: number;
   readonly ntkAlpha: number;
   readonly weights: ModelViews;
@@ -45,9 +49,10 @@ interface LayerMemory {
   readonly out: Tensor;
   readonly aux: Tensor;
   readonly slots: Tensor;
-  /** Of the forward; the backward's own where the layer is computed again. */
+  readonly kept: Kept;
+  /** Of the forward, and of the backward: the same where nothing is computed again. */
   readonly state: LayerState;
-  readonly again: LayerState | null;
+  readonly backState: LayerState;
   readonly scratch: LayerScratch | null;
 }
 
@@ -65,16 +70,18 @@ export class Network {
   readonly #report: Tensor;
   readonly #lossSum: Tensor;
   readonly #reportHost: Uint8Array;
+  readonly #microbatch: Replay;
   /** Sequence length that the position table holds now. */
   #positionsOf = 0;
 
   /** Fills the RoPE tables. */
   constructor(device: Device, arena: Arena, options: NetworkOptions) {
-    const { sizes, sequenceLength, recompute, ropeTheta, ntkAlpha } = options;
+    const { sizes, sequenceLength, ropeTheta, ntkAlpha } = options;
     const { L, E, D } = sizes;
     this.#device = device;
     this.#kernels = device.kernels;
     this.#options = options;
+    this.#microbatch = new Replay(device, options.graph);
     this.#rope = { cosine: arena.tensor('cosine'), sine: arena.tensor('sine'), position: arena.tensor('position'), positions: sequenceLength };
     this.#tokens = arena.tensor('tokens');
     this.#targets = arena.tensor('targets');
@@ -87,14 +94,18 @@ export class Network {
     const training = options.gradients !== null;
     this.#layers = Array.from({ length: L }, (_, layer): LayerMemory => {
       const load: Tensor = { address: this.#report.address + 8 + 4 * L + 4 * E * layer, dtype: 'i32', length: E };
-      const isKept = keepsLayer(recompute, layer, L);
+      const kept = options.kept[layer]!;
+      const state = stateFrom(arena, `layer.${layer}`, load);
+      const again = (): LayerState =>
+        kept === 'nothing' ? stateFrom(arena, `again.${layer}`, load) : { ...state, gateUp: arena.tensor(`again.${layer}.gateUp`), h: arena.tensor(`again.${layer}.h`) };
       return {
         x: arena.tensor(`x.${layer}`),
         out: arena.tensor(`x.${layer + 1}`),
         aux: { address: this.#report.address + 8 + 4 * layer, dtype: 'f32', length: 1 },
         slots: arena.tensor(`slots.${layer}`),
-        state: stateFrom(arena, `layer.${layer}`, load),
-        again: training && !isKept ? stateFrom(arena, `again.${layer}`, load) : null,
+        kept,
+        state,
+        backState: training && (kept === 'nothing' || kept === 'attention') ? again() : state,
         scratch: training ? scratchFrom(arena, layer) : null,
       };
     });
@@ -103,22 +114,27 @@ export class Network {
 
   /** Forward and backward; gradients are added to. scale.loss and scale.aux as in Trainer.accumulate. */
   forwardAndBackward(batch: Batch, scale: { readonly loss: number; readonly aux: number }): Report {
-    const { sizes, weights, gradients, recompute, sequenceLength } = this.#options;
+    const { gradients, sequenceLength } = this.#options;
     if (gradients === null) throw new Error('this network has no memory for gradients');
+    const of = this.#begin(batch.inputs, batch.targets, sequenceLength);
+    this.#microbatch.run(`${of.T} tokens, ${scale.loss}, ${scale.aux}`, () => this.#queueMicrobatch(of, gradients, scale));
+    return this.#readReport();
+  }
+
+  /** The kernels of a microbatch, none of which the host waits for. */
+  #queueMicrobatch(of: BatchSizes, gradients: ModelViews, scale: { readonly loss: number; readonly aux: number }): void {
+    const { sizes, weights } = this.#options;
     const kernels = this.#kernels;
     const dx = this.#dx!;
-    const of = this.#begin(batch.inputs, batch.targets, sequenceLength);
     this.#forward(of);
     headLossAndBackward(kernels, this.#lossSum, dx, gradients, this.#head, this.#last, this.#targets, weights, of, sizes, scale.loss);
     for (let layer = sizes.L - 1; layer >= 0; layer--) {
-      const { x, state, again, scratch } = this.#layers[layer]!;
-      if (again !== null) layerInner(kernels, again, x, weights.layers[layer]!, this.#rope, of, sizes);
-      layerBackward(
-        kernels, dx, gradients.layers[layer]!, scratch!, again ?? state, keepsH(recompute), x, weights.layers[layer]!, this.#rope, of, sizes, scale.aux,
-      );
+      const { x, kept, backState, scratch } = this.#layers[layer]!;
+      if (kept === 'nothing') layerInner(kernels, backState, x, weights.layers[layer]!, this.#rope, of, sizes);
+      else if (kept === 'attention') expertsForward(kernels, backState, weights.layers[layer]!, of, sizes);
+      layerBackward(kernels, dx, gradients.layers[layer]!, scratch!, backState, hasH(kept), x, weights.layers[layer]!, this.#rope, of, sizes, scale.aux);
     }
     embeddingBackward(kernels, gradients, dx, this.#tokens, of, sizes);
-    return this.#readReport();
   }
 
   /** Forward and loss only. */
@@ -144,6 +160,11 @@ export class Network {
     } finally {
       this.#device.free(logits);
     }
+  }
+
+  /** Gives the recorded graph back. */
+  close(): void {
+    this.#microbatch.close();
   }
 
   /** Uploads a batch. Its length must be whole sequences, no more tokens than planned. */

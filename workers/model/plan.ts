@@ -6,8 +6,11 @@
  *
  *   embedding | layer 0: nine forward ticks | layer 1 | ... | head: three ticks | layer L-1: nine again, eleven backward | ... | embedding
  *
- * The nine forward ticks are the rows of FORWARD below, the "nine again" stay empty unless `recompute` is `layer`, and the
- * eleven are the rows of BACKWARD. Two buffers may share bytes when their ticks do not overlap.
+ * The nine forward ticks are the rows of FORWARD below, the "nine again" stay empty but for what is computed again in `layer`
+ * mode, and the eleven are the rows of BACKWARD. Two buffers may share bytes when their ticks do not overlap.
+ *
+ * Computing again costs time, and gives the same bits: so `layer` mode need not do it for all layers. planWithin keeps as much as
+ * the memory takes, of the last layers first, because what they keep is free again when the first layers' backward needs room.
  */
 import type { ModelConfig } from '../../config/presets.ts';
 import type { Precision, Recompute, RunSpec } from '../../config/run-spec.ts';
@@ -20,6 +23,8 @@ export interface PlanOptions {
   readonly model: ModelConfig;
   readonly precision: Precision;
   readonly recompute: Recompute;
+  /** What `layer` mode keeps all the same; default nothing but the last layer's. */
+  readonly keep?: Keep | undefined;
   /** Sequences of a microbatch, and tokens of a sequence. */
   readonly sequences: number;
   readonly sequenceLength: number;
@@ -29,6 +34,15 @@ export interface PlanOptions {
   /** Only the forward pass: no gradient, no optimizer state. Default false. */
   readonly evaluateOnly?: boolean | undefined;
 }
+
+/** In `layer` mode: how many of the last layers keep what their attention and their router computed, and how many gate and up too. */
+export interface Keep {
+  readonly attention: number;
+  readonly gateUp: number;
+}
+
+/** What of a layer's forward is still there in its backward; each word includes those before it. */
+export type Kept = 'nothing' | 'attention' | 'gateUp' | 'h';
 
 export type MemoryKind = 'weights' | 'computeWeights' | 'optimizer' | 'gradients' | 'activations' | 'cache' | 'workspace' | 'tables';
 
@@ -121,6 +135,31 @@ export function memoryPlan(options: PlanOptions, workspaceBytes = 0): MemoryPlan
   return layOut(lastingBuffers(options, workspaceBytes), activationBuffers(options));
 }
 
+/**
+ * The plan of these options that computes least again within `availableBytes`. In `layer` mode attention is kept before gate and
+ * up: it saves more time a byte. What does not fit at all is planned with nothing kept, for the arena to refuse.
+ */
+export function planWithin(options: PlanOptions, workspaceBytes: number, availableBytes: number): { readonly plan: MemoryPlan; readonly keep: Keep } {
+  const L = options.model.layers;
+  const planOf = (keep: Keep): MemoryPlan => memoryPlan({ ...options, keep }, workspaceBytes);
+  /** The most of 1 .. L that fits; 1 if nothing does. */
+  const most = (keepOf: (count: number) => Keep): Keep => {
+    let [low, high] = [1, L];
+    while (low < high) {
+      const middle = Math.ceil((low + high) / 2);
+      if (planOf(keepOf(middle)).totalBytes <= availableBytes) low = middle;
+      else high = middle - 1;
+    }
+    return keepOf(low);
+  };
+  let keep: Keep = { attention: 1, gateUp: 1 };
+  if (options.recompute === 'layer' && options.evaluateOnly !== true) {
+    keep = most((attention) => ({ attention, gateUp: 1 }));
+    if (keep.attention === L) keep = most((gateUp) => ({ attention: L, gateUp }));
+  }
+  return { plan: planOf(keep), keep };
+}
+
 /** A plan with the lasting buffers one after the other, and behind them the passing ones, which share what they can. */
 export function layOut(lasting: readonly Request[], passing: readonly Request[]): MemoryPlan {
   const buffers = new Map<string, PlannedBuffer>();
@@ -165,7 +204,7 @@ function lastingBuffers(options: PlanOptions, workspaceBytes: number): Request[]
 
 /** What comes and goes within a microbatch. */
 function activationBuffers(options: PlanOptions): Request[] {
-  const { model, recompute } = options;
+  const { model } = options;
   const { H, F, E, K, Q, D, P, L } = sizesOf(model, options.precision);
   const dtype = computeType(options.precision);
   const T = options.sequences * options.sequenceLength;
@@ -199,20 +238,20 @@ function activationBuffers(options: PlanOptions): Request[] {
     add(`x.${layer}`, [dtype, T * H], written, !training ? lastForward : layer === L ? head + 2 : backward(layer) + BACKWARD.norm1);
   }
   for (let layer = 0; layer < L; layer++) {
-    const whole = training && keepsLayer(recompute, layer, L);
+    const kept = training ? keptOf(options, layer) : 'nothing';
     for (const name of STATE_NAMES) {
       const [written, readForward, readBackward] = STATE[name];
-      const kept = whole && readBackward !== null && !(name === 'h' && !keepsH(recompute));
+      const isKept = readBackward !== null && keeps(kept, name);
       // A forward that no backward follows has no use for gateUp.
-      if (kept || name !== 'gateUp') add(`layer.${layer}.${name}`, stateType[name], forward(layer) + written, kept ? backward(layer) + readBackward : forward(layer) + readForward);
-      if (training && !whole) {
+      if (isKept || name !== 'gateUp') add(`layer.${layer}.${name}`, stateType[name], forward(layer) + written, isKept ? backward(layer) + readBackward : forward(layer) + readForward);
+      if (training && isAgain(kept, name)) {
         add(`again.${layer}.${name}`, stateType[name], again(layer) + written, readBackward === null ? again(layer) + readForward : backward(layer) + readBackward);
       }
     }
     add(`slots.${layer}`, [dtype, N * H], forward(layer) + FORWARD.down, forward(layer) + FORWARD.combine);
     if (!training) continue;
     for (const name of SCRATCH_NAMES) {
-      if (name === 'weightedH' && keepsH(recompute)) continue;
+      if (name === 'weightedH' && hasH(kept)) continue;
       if (name === 'dlogitsCompute' && dtype === 'f32') continue;
       const [written, read] = SCRATCH[name];
       add(`back.${layer}.${name}`, scratchType[name], backward(layer) + written, backward(layer) + read);
@@ -225,11 +264,21 @@ function activationBuffers(options: PlanOptions): Request[] {
   return requests;
 }
 
-/** Whether a layer's forward is there in the backward. In `layer` mode only the last one's is: its backward comes next. */
-export const keepsLayer = (recompute: Recompute, layer: number, layers: number): boolean => recompute !== 'layer' || layer === layers - 1;
+/** What a layer keeps. In `layer` mode the last one keeps all: its backward comes next. */
+export function keptOf({ model, recompute, keep }: Pick<PlanOptions, 'model' | 'recompute' | 'keep'>, layer: number): Kept {
+  const fromEnd = model.layers - layer; // 1: the last
+  if (recompute === 'none' || (recompute === 'layer' && fromEnd === 1)) return 'h';
+  if (recompute === 'swiglu' || fromEnd <= (keep?.gateUp ?? 0)) return 'gateUp';
+  return fromEnd <= (keep?.attention ?? 0) ? 'attention' : 'nothing';
+}
 
-/** Whether a layer's h is there in its backward: kept, or computed again with the rest of the layer. */
-export const keepsH = (recompute: Recompute): boolean => recompute !== 'swiglu';
+const keeps = (kept: Kept, name: StateName): boolean => (name === 'h' ? kept === 'h' : name === 'gateUp' ? kept === 'h' || kept === 'gateUp' : kept !== 'nothing');
+
+/** What is computed again: the whole forward, or from kept attention on gate and up with h. h alone is not: the backward's kernel does that. */
+const isAgain = (kept: Kept, name: StateName): boolean => kept === 'nothing' || (kept === 'attention' && (name === 'gateUp' || name === 'h'));
+
+/** Whether a layer's h is there in its backward: kept, or computed again with gate and up. */
+export const hasH = (kept: Kept): boolean => kept !== 'gateUp';
 
 /**
  * Gives each request an offset so that no two which are alive at once overlap: the largest first, each at the lowest place

@@ -18,8 +18,9 @@ import { Network } from './network.ts';
 import type { Batch, Report } from './network.ts';
 import { layoutParameters, viewsOf } from './parameters.ts';
 import type { ParameterLayout, PlacedParameter, WeightSource } from './parameters.ts';
-import { memoryPlan } from './plan.ts';
-import type { PlanOptions } from './plan.ts';
+import { keptOf, memoryPlan, planWithin } from './plan.ts';
+import type { Keep, PlanOptions } from './plan.ts';
+import { Replay } from './replay.ts';
 import { learningRate } from './schedule.ts';
 import { sizesOf } from './sizes.ts';
 
@@ -32,6 +33,8 @@ export interface TrainerOptions extends PlanOptions {
   readonly optimizer: RunSpec['optimizer'];
   /** Steps of the whole run, which the learning rate's schedule needs. */
   readonly totalSteps: number;
+  /** On a device that records graphs, whether microbatch and update become graphs, to the same bits. Default true. */
+  readonly graph?: boolean | undefined;
 }
 
 /** What one microbatch did. */
@@ -58,6 +61,9 @@ export type StateKind = 'weight' | 'm' | 'v';
 
 const STAGE_ELEMENTS = 1 << 20;
 
+/** What a GPU's memory must have left beside the arena, for the code of kernels, graphs and the driver, before a layer is kept. */
+const SPARE_BYTES = 1.5e9;
+
 /** One range of parameters that AdamW treats alike, cut out of every flat buffer. */
 interface OptimizerRange {
   readonly length: number;
@@ -73,12 +79,15 @@ export class Trainer {
   readonly parameters: readonly PlacedParameter[];
   /** Elements of each flat buffer, padding included. */
   readonly flatLength: number;
+  /** In `layer` mode, what is kept all the same: on a GPU, what its free memory takes. */
+  readonly keep: Keep;
   readonly #device: Device;
   readonly #kernels: Kernels;
   readonly #options: TrainerOptions;
   readonly #layout: ParameterLayout;
   readonly #arena: Arena;
   readonly #network: Network;
+  readonly #update: Replay;
   readonly #workspace: Tensor;
   readonly #master: Tensor;
   readonly #compute: Tensor | null;
@@ -102,7 +111,11 @@ export class Trainer {
     this.parameters = this.#layout.parameters;
     this.flatLength = this.#layout.flatLength;
     const advice = 'take smaller batch.sequences (with more microBatches), recompute: layer, optimizer.stateDtype: bf16, or a larger device';
-    this.#arena = new Arena(device, memoryPlan(options, workspaceBytes), advice);
+    const spare = options.keep === undefined && device.description.kind === 'cuda' ? device.freeBytes() - SPARE_BYTES : 0;
+    const { plan, keep } = options.keep === undefined ? planWithin(options, workspaceBytes, spare) : { plan: memoryPlan(options, workspaceBytes), keep: options.keep };
+    this.keep = keep;
+    this.#arena = new Arena(device, plan, advice);
+    this.#update = new Replay(device, options.graph !== false);
 
     const at = (name: string): Tensor => this.#arena.tensor(name);
     this.#workspace = at('workspace');
@@ -132,7 +145,8 @@ export class Trainer {
       sizes,
       sequenceLength,
       maximumTokens: sequences * sequenceLength,
-      recompute: options.recompute,
+      kept: Array.from({ length: sizes.L }, (_, layer) => keptOf({ ...options, keep }, layer)),
+      graph: options.graph !== false,
       ropeTheta: model.ropeTheta,
       ntkAlpha: model.ntkAlpha,
       weights: viewsOf(model, this.#layout, this.#compute ?? this.#master),
@@ -221,10 +235,19 @@ export class Trainer {
     this.#enter();
     const { optimizer, totalSteps } = this.#options;
     const rate = learningRate(optimizer, totalSteps, step);
-    const kernels = this.#kernels;
     this.#scheduleHost[0] = rate;
     this.#scheduleHost[1] = step;
     this.#device.upload(this.#schedule, this.#scheduleHost);
+    this.#update.run('update', () => this.#queueUpdate());
+    this.#device.download(this.#controlHost, this.#control);
+    const [gradientNorm, clipScale, skip] = this.#controlHost as unknown as [number, number, number];
+    return { gradientNorm, clipScale, learningRate: rate, skipped: skip !== 0 };
+  }
+
+  /** Norm, clip and AdamW over all ranges; learning rate and step number lie on the device. */
+  #queueUpdate(): void {
+    const { optimizer } = this.#options;
+    const kernels = this.#kernels;
     kernels.gradNorm(this.#sumOfSquares, this.#arena.tensor('gradient'), this.flatLength);
     kernels.gradClip(this.#control, this.#sumOfSquares, optimizer.clipNorm);
     const stateDtype = optimizer.stateDtype === 'bf16' ? 'bf16' : 'f32';
@@ -235,9 +258,6 @@ export class Trainer {
         decay ? optimizer.weightDecay : 0, stateDtype, dtype,
       );
     }
-    this.#device.download(this.#controlHost, this.#control);
-    const [gradientNorm, clipScale, skip] = this.#controlHost as unknown as [number, number, number];
-    return { gradientNorm, clipScale, learningRate: rate, skipped: skip !== 0 };
   }
 
   /** The loss of a batch; no gradient. A shorter sequenceLength than the trainer's is allowed. */
@@ -297,6 +317,8 @@ export class Trainer {
 
   /** Gives the memory back; the trainer is of no use afterwards. */
   close(): void {
+    this.#network.close();
+    this.#update.close();
     this.#device.setWorkspace(null);
     this.#arena.free();
   }

@@ -6,6 +6,7 @@ import { expect } from 'chai';
 import { errorCode } from '../../config/errors.ts';
 import { packageRoot } from '../../config/schema.ts';
 import { Device, describeDevices } from '../../cuda/device.ts';
+import { whyNoGpu } from '../support/gpu.ts';
 import { checkGolden } from '../../workers/model/golden.ts';
 
 const directory = join(packageRoot(), 'test', 'golden');
@@ -52,20 +53,25 @@ describe('golden models', () => {
     }
   }
 
-  it('a CUDA device reproduces them too', function () {
-    let devices: unknown[] = [];
-    try {
-      devices = describeDevices('cuda');
-    } catch (error) {
-      if (errorCode(error) !== 'LIBRARY_INVALID' && errorCode(error) !== 'DEVICE_UNAVAILABLE') throw error;
-    }
-    if (devices.length === 0) {
-      process.stderr.write('    skipped: this machine has no CUDA device, or the CUDA library is not built\n');
-      this.skip();
-    }
-    const report = checkGolden(join(directory, 'spec-shaped.safetensors'), { library: 'cuda', index: 0, threads: 0 });
-    expect(report.rows.filter(({ passed }) => !passed)).to.deep.equal([]);
+  it('bf16 is for devices that compute in it, which a CPU says that it does not', () => {
+    const check = (): unknown => checkGolden(join(directory, 'mqa-top2.safetensors'), cpu, 'bf16');
+    expect(check).to.throw().and.satisfy((error: unknown) => errorCode(error) === 'DEVICE_UNSUPPORTED');
   });
+
+  for (const name of ['mqa-top2', 'spec-shaped']) {
+    for (const precision of ['fp32', 'bf16'] as const) {
+      it(`${name} is reproduced by a CUDA device in ${precision}`, function () {
+        const reason = whyNoGpu();
+        if (reason !== undefined) {
+          process.stderr.write(`    skipped: ${reason}\n`);
+          this.skip();
+        }
+        const report = checkGolden(join(directory, `${name}.safetensors`), { library: 'cuda', index: 0, threads: 0 }, precision);
+        expect(report.precision).to.equal(precision);
+        expect(report.rows.filter(({ passed }) => !passed)).to.deep.equal([]);
+      });
+    }
+  }
 });
 
 describe('a golden file that is not right', () => {

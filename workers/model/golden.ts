@@ -1,16 +1,18 @@
 /**
  * The check of this build against a golden model: a small model with its forward, gradients, training and greedy tokens, computed
  * in float64 by an independent implementation (test/golden/README.md says what such a file holds). Any shape is taken that the
- * model allows. Measures and compares; what is done about a mismatch is the caller's. Called by `doctor --golden` and bench.
+ * model allows. In bf16 the reference is the CPU in float32, itself checked against the file, with the same weights rounded to
+ * bf16. Measures and compares; what is done about a mismatch is the caller's. Called by `doctor --golden` and bench.
  */
 import { readFileSync } from 'node:fs';
 import { z } from 'zod';
 import { NnError } from '../../config/errors.ts';
 import { elementCount, parameterShapes, validateModel } from '../../config/presets.ts';
 import type { ModelConfig } from '../../config/presets.ts';
+import type { Precision } from '../../config/run-spec.ts';
 import { Device } from '../../cuda/device.ts';
 import type { DeviceOptions } from '../../cuda/device.ts';
-import { SafetensorsFile } from '../../data/safetensors.ts';
+import { SafetensorsFile, decodeBf16, encodeBf16 } from '../../data/safetensors.ts';
 import { Decoder } from './decoder.ts';
 import type { Batch } from './network.ts';
 import { Trainer } from './trainer.ts';
@@ -33,6 +35,7 @@ export interface GoldenRow {
 export interface GoldenReport {
   readonly path: string;
   readonly model: ModelConfig;
+  readonly precision: Precision;
   readonly rows: readonly GoldenRow[];
   readonly passed: boolean;
 }
@@ -47,6 +50,12 @@ export const GOLDEN_TOLERANCES = {
   learningRate: 1e-12,
   weightsAfter: 1e-3,
 } as const;
+
+/**
+ * Largest errors allowed in bf16, whose numbers have 8 bits: each product rounds its result by up to 1/256. A single tensor's
+ * gradient may be farther off than all together: a token near the border of two experts goes to the other one.
+ */
+export const GOLDEN_TOLERANCES_BF16 = { loss: 1e-2, gradients: 5e-2, gradient: 0.15, logits: 5e-2 } as const;
 
 /** Tokens of `greedy_ref` that were given; the others were generated. */
 const PROMPT_TOKENS = 5;
@@ -82,16 +91,17 @@ interface Golden extends GoldenJson {
 }
 
 /**
- * Checks FILE.safetensors with FILE.json beside it on a device, in float32. Throws FILE_NOT_FOUND, or CHECKPOINT_INVALID in one
- * line when a tensor or setting is missing or does not fit; a mismatch of numbers is not thrown but reported.
+ * Checks FILE.safetensors with FILE.json beside it on a device. Throws FILE_NOT_FOUND, CHECKPOINT_INVALID in one line when a
+ * tensor or setting is missing or does not fit, or DEVICE_UNSUPPORTED for bf16 on a CPU; a mismatch of numbers is not thrown but
+ * reported.
  */
-export function checkGolden(path: string, options: DeviceOptions): GoldenReport {
+export function checkGolden(path: string, options: DeviceOptions, precision: Precision = 'fp32'): GoldenReport {
   const golden = openGolden(path);
   try {
     const device = Device.open(options);
     try {
-      const rows = [...checkTraining(golden, device), checkGreedy(golden, device)];
-      return { path, model: golden.model, rows, passed: rows.every(({ passed }) => passed) };
+      const rows = precision === 'bf16' ? checkRounded(golden, device) : [...checkTraining(golden, device), checkGreedy(golden, device)];
+      return { path, model: golden.model, precision, rows, passed: rows.every(({ passed }) => passed) };
     } finally {
       device.close();
     }
@@ -100,17 +110,78 @@ export function checkGolden(path: string, options: DeviceOptions): GoldenReport 
   }
 }
 
-/** Forward and gradients on set 0, then the steps on the sets that follow. */
-function checkTraining(golden: Golden, device: Device): GoldenRow[] {
-  const { hyper, history } = golden.train;
-  const trainer = new Trainer(device, {
-    model: golden.model, precision: 'fp32', recompute: 'swiglu', sequences: golden.batch, sequenceLength: golden.seq, totalSteps: hyper.total,
-    separateShards: false,
+/** What one microbatch of set 0 leaves, and the logits of its first sequence as the decoder gives them. */
+interface Outcome {
+  readonly loss: number;
+  readonly gradients: ReadonlyMap<string, Float32Array>;
+  readonly logits: Float32Array;
+}
+
+/** bf16 against float32 on the CPU, both from the weights rounded to bf16. */
+function checkRounded(golden: Golden, device: Device): GoldenRow[] {
+  const got = runRounded(golden, device, 'bf16');
+  const cpu = Device.open({ library: 'cpu', index: 0, threads: 0 });
+  try {
+    const wanted = runRounded(golden, cpu, 'fp32');
+    const measure = 'norm of the difference / norm';
+    const tolerance = GOLDEN_TOLERANCES_BF16;
+    const each = [...wanted.gradients].map(([name, gradient]): [string, number] => [name, distance(got.gradients.get(name)!, gradient)]);
+    const together = distanceOfAll([...wanted.gradients].map(([name, gradient]) => [got.gradients.get(name)!, gradient]));
+    return [
+      row('loss', 'relative', tolerance.loss, [['', relative(got.loss, wanted.loss)]]),
+      { ...row('gradients, all together', measure, tolerance.gradients, [['', together]]), count: each.length },
+      row('gradients, each tensor', measure, tolerance.gradient, each),
+      { ...row('logits of the decoder', measure, tolerance.logits, [['', distance(got.logits, wanted.logits)]]), count: wanted.logits.length },
+    ];
+  } finally {
+    cpu.close();
+  }
+}
+
+function runRounded(golden: Golden, device: Device, precision: Precision): Outcome {
+  const batch = batchOf(golden, 0);
+  const source = roundedWeightsOf(golden);
+  const trainer = openTrainer(golden, device, precision);
+  let outcome: Omit<Outcome, 'logits'>;
+  try {
+    trainer.loadWeights(source);
+    trainer.beginStep();
+    const { lossSum, targetTokens, aux } = trainer.accumulate(batch, scaleOf(golden, batch));
+    const gradients = new Map(
+      trainer.parameters.map(({ name, offset, length }) => {
+        const gradient = new Float32Array(length);
+        trainer.readGradient(offset, gradient);
+        return [name, gradient];
+      }),
+    );
+    outcome = { loss: lossSum / targetTokens + golden.train.hyper.aux_weight * sum(aux), gradients };
+  } finally {
+    trainer.close();
+  }
+  const decoder = new Decoder(device, { model: golden.model, precision, capacity: golden.seq, batch: 1 });
+  try {
+    decoder.loadWeights(source);
+    return { ...outcome, logits: decoder.logits(Array.from(batch.inputs.subarray(0, golden.seq)), Math.max(1, Math.floor(golden.seq / 3))) };
+  } finally {
+    decoder.close();
+  }
+}
+
+function openTrainer(golden: Golden, device: Device, precision: Precision): Trainer {
+  const { hyper } = golden.train;
+  return new Trainer(device, {
+    model: golden.model, precision, recompute: 'swiglu', sequences: golden.batch, sequenceLength: golden.seq, totalSteps: hyper.total, separateShards: false,
     optimizer: {
       learningRate: hyper.base_lr, minLearningRateRatio: 0.1, warmupSteps: hyper.warmup, beta1: hyper.beta1, beta2: hyper.beta2, epsilon: hyper.eps,
       weightDecay: hyper.weight_decay, clipNorm: hyper.clip, auxLossWeight: hyper.aux_weight, stateDtype: 'fp32',
     },
   });
+}
+
+/** Forward and gradients on set 0, then the steps on the sets that follow. */
+function checkTraining(golden: Golden, device: Device): GoldenRow[] {
+  const { history } = golden.train;
+  const trainer = openTrainer(golden, device, 'fp32');
   try {
     trainer.loadWeights(weightsOf(golden));
     const rows = [...checkForward(golden, trainer), checkGradients(golden, trainer)];
@@ -223,12 +294,17 @@ function largestDifference(a: Float32Array, b: Float32Array): number {
 }
 
 /** ||a - b|| / ||b||; where b is all zeros (an expert that no token chose), ||a||. */
-function distance(a: Float32Array, b: Float32Array): number {
+const distance = (a: Float32Array, b: Float32Array): number => distanceOfAll([[a, b]]);
+
+/** The same of pairs [a, b], as if each side were one long vector. */
+function distanceOfAll(pairs: readonly (readonly [Float32Array, Float32Array])[]): number {
   let difference = 0;
   let norm = 0;
-  for (let i = 0; i < a.length; i++) {
-    difference += (a[i]! - b[i]!) ** 2;
-    norm += b[i]! ** 2;
+  for (const [a, b] of pairs) {
+    for (let i = 0; i < a.length; i++) {
+      difference += (a[i]! - b[i]!) ** 2;
+      norm += b[i]! ** 2;
+    }
   }
   return Math.sqrt(difference) / (norm === 0 ? 1 : Math.sqrt(norm));
 }
@@ -324,3 +400,17 @@ const weightsOf = ({ file, model }: Golden): WeightSource => ({
   has: (name) => file.tensors.has(`param.${name}`),
   read: (name, into) => file.readFloats(`param.${name}`, into),
 });
+
+/** The same weights, each rounded to the nearest bf16 number. */
+function roundedWeightsOf(golden: Golden): WeightSource {
+  const exact = weightsOf(golden);
+  return {
+    ...exact,
+    read: (name, into) => {
+      const bits = new Uint16Array(into.length);
+      exact.read(name, into);
+      encodeBf16(into, bits);
+      decodeBf16(bits, into);
+    },
+  };
+}

@@ -135,7 +135,7 @@ export function decodeFailure(reason: string): ErrorRecord {
     }
   }
   const named = /^([A-Z_]+): (.*)$/s.exec(reason);
-  if (named !== null && named[1]! in ERROR_KINDS) return { code: named[1] as ErrorCode, message: named[2]!, context: {} };
+  if (named !== null && (named[1] as string) in ERROR_KINDS) return { code: named[1] as ErrorCode, message: named[2]!, context: {} };
   if (/stalled/.test(reason)) return { code: 'WORKER_LOST', message: `the job lost its worker too often (${reason})`, context: {} };
   return { code: 'BUG', message: reason, context: {} };
 }

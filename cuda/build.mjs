@@ -94,14 +94,14 @@ function planObjects(compiler, openMp) {
   const flags = [...commonFlags, ...(openMp ? ['-fopenmp'] : [])];
   const headers = [sourceDirectory, includeDirectory]
     .flatMap((directory) => readdirSync(directory).filter((name) => name.endsWith('.h')).map((name) => join(directory, name)))
-    .sort();
+    .sort((a, b) => (a < b ? -1 : 1));
   const common = sha256(compiler.program, ...compiler.first, compiler.version, ...headers.map((path) => readFileSync(path)));
   const plan = [];
   for (const name of readdirSync(sourceDirectory).filter((file) => file.endsWith('.c')).sort()) {
     const source = join(sourceDirectory, name);
     const text = readFileSync(source, 'utf8');
     const own = text.includes('build: -ffp-contract=off') ? ['-ffp-contract=off'] : [];
-    const sets = name.endsWith('.simd.c') ? Object.entries(instructionSets) : [['base', []]];
+    const sets = name.endsWith('.simd.c') ? Object.entries(instructionSets) : Object.entries({ base: [] });
     for (const [set, setFlags] of sets) {
       const all = [...flags, ...own, ...setFlags];
       const hash = sha256(common, text, ...all).slice(0, 16);

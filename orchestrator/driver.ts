@@ -195,7 +195,7 @@ export class Driver {
 
   #hear(event: Inner): void {
     if (this.#over) return;
-    const next = step(this.#state, { ...event, atMs: Date.now() } as MachineEvent);
+    const next = step(this.#state, { ...event, atMs: Date.now() });
     this.#state = next.state;
     if (next.effects.length === 0) return;
     this.#effects.push(...next.effects);
@@ -286,8 +286,8 @@ export class Driver {
       case 'publish':
         if (effect.event.type === 'phase') this.#logger.info(`run is ${effect.event.phase}`);
         if (effect.event.type === 'fault') this.#logger.warn(effect.event.error, `fault: ${effect.event.what}`);
-        if (effect.event.type === 'phase' && TERMINAL_PHASES.includes(effect.event.phase)) this.#lastWord = effect.event;
-        else this.#background('event', store.publish(this.#run, effect.event));
+        if (effect.event.type === 'phase') return this.#announce(effect.event);
+        this.#background('event', store.publish(this.#run, effect.event));
         return null;
       case 'claim':
         return watch.claim(this.#run, effect.workers).then((workers) => this.#hear({ type: 'claimed', workers }));
@@ -308,6 +308,16 @@ export class Driver {
       case 'finish':
         return this.#finish();
     }
+  }
+
+  /** Whoever hears of a phase finds it in the record: the record is written first. The last phase is told by `finish`. */
+  #announce(event: Extract<RunEvent, { type: 'phase' }>): Promise<void> | null {
+    const { store } = this.#context;
+    if (TERMINAL_PHASES.includes(event.phase)) {
+      this.#lastWord = event;
+      return null;
+    }
+    return store.writeRecord(this.#run, this.#token, recordOf(this.#state)).then(() => store.publish(this.#run, event));
   }
 
   #append({ line }: Extract<Effect, { type: 'metrics' }>): void {

@@ -8,7 +8,6 @@ import type { ConnectionOptions, FlowJob, Job, JobsOptions } from 'bullmq';
 import { decodeFailure } from '../config/errors.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import { workerQueue } from '../config/keys.ts';
-import type { QueueName } from '../config/messages.ts';
 import type { Redis } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
 import { parseJobId } from './run-state.ts';
@@ -62,7 +61,7 @@ export class Queues {
   constructor(config: Config, redis: Redis, onError: (error: Error) => void) {
     this.#config = config;
     this.#redis = redis;
-    this.#connection = redis as unknown as ConnectionOptions;
+    this.#connection = redis;
     this.#onError = onError;
   }
 
@@ -275,7 +274,7 @@ export class Queues {
     await this.queue(queue).remove(id, { removeChildren: false });
   }
 
-  async counts(name: QueueName | string): Promise<QueueCounts> {
+  async counts(name: string): Promise<QueueCounts> {
     const counts = await this.queue(name).getJobCounts('waiting', 'prioritized', 'active', 'delayed', 'waiting-children', 'failed', 'completed');
     const of = (state: string): number => counts[state] ?? 0;
     return { waiting: of('waiting') + of('prioritized') + of('waiting-children'), active: of('active'), delayed: of('delayed'), failed: of('failed'), completed: of('completed') };

@@ -513,8 +513,8 @@ class Machine {
   private addEval(holder: Holder): void {
     const { settings, version } = this.state;
     this.ensureRunning();
-    const { validation } = settings.spec.data;
-    const data = { replica: { ...this.origin(), step: version }, checkpoint: null, data: validation!, sequences: settings.spec.evaluation.sequences, sequenceLength: settings.spec.batch.sequenceLength };
+    const { data: { validation }, evaluation: { sequences }, batch: { sequenceLength } } = settings.spec;
+    const data = { replica: { ...this.origin(), step: version }, checkpoint: null, data: validation!, sequences, sequenceLength };
     const job = this.job('eval', version, 0, holder.id, data);
     this.start({ kind: 'eval', job: address(job), holder, step: version });
     this.effects.push({ type: 'add', job });

@@ -21,6 +21,11 @@ import type { DeviceChoice } from './tasks.ts';
 
 /** Milliseconds that a drained worker has to close its connections before it is killed. */
 const CLOSING_MS = 3_000;
+/**
+ * MiB of each half of V8's young generation in a worker. Its threads make little garbage, so that a larger one is only memory that
+ * is touched once and never given back: with the default of 16, RSS grew from 127 to 171 MB in 3,000 short steps, with 1 from 111 to 120.
+ */
+const SEMI_SPACE_MIB = 1;
 
 export type SupervisorEvent =
   | { readonly type: 'started'; readonly id: string; readonly pid: number }
@@ -136,7 +141,11 @@ class SupervisedWorker {
   }
 
   start(): void {
-    const child = fork(fileURLToPath(new URL('./worker.js', import.meta.url)), [], { stdio: ['ignore', 2, 2, 'ipc'], serialization: 'json' });
+    const child = fork(fileURLToPath(new URL('./worker.js', import.meta.url)), [], {
+      stdio: ['ignore', 2, 2, 'ipc'],
+      serialization: 'json',
+      execArgv: [...process.execArgv, `--max-semi-space-size=${SEMI_SPACE_MIB}`],
+    });
     this.#child = child;
     this.#fault = null;
     const startedAt = performance.now();

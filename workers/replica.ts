@@ -26,8 +26,6 @@ import { finite, flowMilliseconds, logLength, sumMicrobatches, sumShards } from 
 import type { MicrobatchNumbers } from './reports.ts';
 import type { Signals } from './signals.ts';
 
-/** Reports kept so that a `steps` job that is delivered twice need not be computed twice. */
-const REPORTS_KEPT = 4096;
 /** Times that a reduction is begun anew because a shard turned out to be lost. */
 const REDUCE_ROUNDS = 3;
 
@@ -71,7 +69,7 @@ export class Replica {
   readonly #train: TokenFile;
   /** The version on the device; null while it is being changed, or when a change failed half-way. */
   #step: number | null = null;
-  /** Reports of the newest steps that this replica did by itself, by step. */
+  /** Reports of the steps that the newest `steps` job did here, by step, should the job be delivered twice. */
   readonly #reports = new Map<number, StepReport>();
 
   /** Throws DEVICE_MEMORY, FILE_NOT_FOUND, TOKEN_FILE_INVALID or DATA_INVALID. */
@@ -131,7 +129,7 @@ export class Replica {
       const report = this.#localStep(message.fromStep + reports.length + 1);
       if (report === null) break;
       reports.push(report);
-      this.#remember(report);
+      this.#reports.set(report.step, report);
       onReport(report);
       // Lets this thread's sockets and timers live in a long job.
       await turn();
@@ -429,6 +427,8 @@ export class Replica {
   }
 
   #doneAlready(fromStep: number, last: number): StepReport[] {
+    // Whoever asks for the steps after fromStep has heard of those before.
+    for (const step of this.#reports.keys()) if (step <= fromStep) this.#reports.delete(step);
     const reports: StepReport[] = [];
     if (this.#step === null || this.#step > last) return reports;
     for (let step = fromStep + 1; step <= this.#step; step++) {
@@ -437,11 +437,6 @@ export class Replica {
       reports.push(report);
     }
     return reports;
-  }
-
-  #remember(report: StepReport): void {
-    this.#reports.set(report.step, report);
-    this.#reports.delete(report.step - REPORTS_KEPT);
   }
 
   #require(condition: boolean, what: string): void {

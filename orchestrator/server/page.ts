@@ -3,6 +3,10 @@
  * second while it is visible and draws what it hears; all text goes in as text, never as HTML. Served by server.ts.
  */
 
+const ICON = `data:image/svg+xml,${encodeURIComponent(
+  '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="4" cy="4" r="2"/><circle cx="12" cy="8" r="2"/><circle cx="4" cy="12" r="2"/></svg>',
+)}`;
+
 const head = (title: string): string => `<!doctype html>
 <html lang="en">
 <head>
@@ -10,7 +14,7 @@ const head = (title: string): string => `<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>${title}</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Ccircle cx='4' cy='4' r='2'/%3E%3Ccircle cx='12' cy='8' r='2'/%3E%3Ccircle cx='4' cy='12' r='2'/%3E%3C/svg%3E">
+<link rel="icon" href="${ICON}">
 <link rel="stylesheet" href="/page.css">
 </head>`;
 
@@ -126,6 +130,8 @@ function chart(curve) {
   return svg;
 }
 
+const wayText = ({ workers, exchange, reason }) => (workers > 0 ? workers + (workers === 1 ? ' worker, ' : ' workers, ') + exchange + ': ' : '') + reason;
+
 function runCard(run, opened) {
   const facts = [
     ['step', number(run.step) + ' / ' + number(run.steps)],
@@ -143,7 +149,7 @@ function runCard(run, opened) {
     el('progress', { max: run.steps, value: run.step, ariaLabel: 'steps of ' + run.run }),
     chart(curves.get(run.run) || { steps: [], losses: [] }),
     el('dl', {}, ...facts.map(([name, value]) => el('div', {}, el('dt', {}, name), el('dd', {}, value)))),
-    run.way && LIVE.includes(run.phase) ? el('p', { className: 'quiet' }, (run.way.workers > 0 ? run.way.workers + (run.way.workers === 1 ? ' worker, ' : ' workers, ') + run.way.exchange + ': ' : '') + run.way.reason) : null,
+    run.way && LIVE.includes(run.phase) ? el('p', { className: 'quiet' }, wayText(run.way)) : null,
     run.error ? el('p', { className: 'error' }, run.error.code + ': ' + run.error.message) : null,
     faults.length > 0 ? el('details', { open: opened, id: 'faults-' + run.run }, el('summary', {}, run.faults.length + (run.faults.length === 1 ? ' fault' : ' faults')),
       el('ul', {}, ...faults.map((fault) => el('li', {}, new Date(fault.atMs).toLocaleTimeString() + ' ' + fault.what + ': ' + fault.error.code + ', ' + fault.error.message)))) : null,
@@ -173,10 +179,11 @@ async function draw() {
   const focus = document.activeElement && document.activeElement.tagName === 'BUTTON' && byId('runs').contains(document.activeElement);
   if (!focus) {
     const open = new Set([...document.querySelectorAll('details[open]')].map((node) => node.id));
-    byId('runs').replaceChildren(...(runs.length === 0 ? [el('p', { className: 'none' }, 'No run yet: cuda-nn train SPEC')] : runs.slice(0, 100).map((run) => runCard(run, open.has('faults-' + run.run)))));
+    const cards = runs.slice(0, 100).map((run) => runCard(run, open.has('faults-' + run.run)));
+    byId('runs').replaceChildren(...(runs.length === 0 ? [el('p', { className: 'none' }, 'No run yet: cuda-nn train SPEC')] : cards));
   }
-  byId('workers').replaceChildren(table([['worker'], ['state'], ['device'], ['host'], ['replica']],
-    workers.map((worker) => [worker.id, worker.state, worker.device.name, worker.host, worker.replica ? worker.replica.run + ' @ ' + worker.replica.step : '\\u2013']), 'No live worker: cuda-nn worker'));
+  const rows = workers.map(({ id, state, device, host, replica }) => [id, state, device.name, host, replica ? replica.run + ' @ ' + replica.step : '\\u2013']);
+  byId('workers').replaceChildren(table([['worker'], ['state'], ['device'], ['host'], ['replica']], rows, 'No live worker: cuda-nn worker'));
   const states = ['waiting', 'active', 'delayed', 'completed', 'failed'];
   byId('queues').replaceChildren(table([['queue'], ...states.map((state) => [state, 'n'])],
     Object.entries(queues).map(([name, counts]) => [name, ...states.map((state) => number(counts[state]))]), ''));

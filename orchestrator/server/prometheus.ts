@@ -39,6 +39,6 @@ export function prometheusText(runs: readonly RunRecord[], workers: readonly Wor
     family('nn_run_epoch', 'Times that jobs of the run were given up.', ofRun(({ epoch }) => epoch)),
     family('nn_workers', 'Live workers by state.', countBy(workers, ({ state }) => state, 'state')),
     family('nn_queue_jobs', 'Jobs in the queues by state.', Object.entries(queues).flatMap(([queue, counts]) =>
-      Object.entries(counts as QueueCounts).map(([state, count]): Sample => [{ queue, state }, count as number]))),
+      Object.entries(counts).map(([state, count]): Sample => [{ queue, state }, count]))),
   ].join('');
 }

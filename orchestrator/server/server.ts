@@ -47,7 +47,7 @@ const facts = (request: FastifyRequest): RequestFacts => ({
   method: request.method,
   host: request.headers.host,
   origin: request.headers.origin,
-  fetchSite: request.headers['sec-fetch-site'] as string | undefined,
+  fetchSite: request.headers['sec-fetch-site'],
   authorization: request.headers.authorization,
   cookie: request.headers.cookie,
 });
@@ -73,7 +73,8 @@ export async function startServer({ config, client, logger }: { config: Config; 
     if (status >= 500) logger?.warn({ ...toErrorRecord(error), url: request.url }, 'request failed');
     // A bug's message may hold anything; the log has it.
     const { code, message, context } = toErrorRecord(error);
-    return reply.status(status).send({ error: code === 'BUG' && status >= 500 ? { code, message: 'internal error; the log says more', context: {} } : { code: code === 'BUG' ? 'USAGE' : code, message, context } });
+    const shown = code === 'BUG' && status >= 500 ? { code, message: 'internal error; the log says more', context: {} } : { code: code === 'BUG' ? 'USAGE' : code, message, context };
+    return reply.status(status).send({ error: shown });
   });
   pages(app, access);
   api(app, client, new Histories(resolve(config.runs)));

@@ -59,6 +59,22 @@ interface SimJob extends NewJob {
   readonly parent: string | null;
 }
 
+interface SimOrigin {
+  readonly epoch: number;
+  readonly step: number;
+  readonly checkpoint: CheckpointPlace | null;
+}
+
+/** The fields of every message; each job has some of them. */
+interface AnyMessage extends SimOrigin {
+  readonly fromStep: number;
+  readonly stepCount: number;
+  readonly shard: number;
+  readonly shardCount: number;
+  readonly directory: string;
+  readonly replica?: SimOrigin;
+}
+
 /** How often what goes wrong; probabilities. */
 export interface Faults {
   readonly drop: number;
@@ -283,7 +299,7 @@ export class World {
       job.error = error;
       this.#send({ type: 'failed', id: job.id, error });
     };
-    const data = job.data as { epoch: number; fromStep: number; stepCount: number; step: number; shard: number; shardCount: number; directory: string; replica?: { epoch: number; step: number; checkpoint: CheckpointPlace | null }; checkpoint: CheckpointPlace | null };
+    const data = job.data as AnyMessage;
     const origin = data.replica ?? data;
     const cancelled = (): boolean => this.#control === null || this.#control.epoch > origin.epoch;
     const bring = (version: number): ErrorRecord | null => {
@@ -442,7 +458,7 @@ export class World {
   #hear(event: Heard): void {
     if (this.#state === null || this.finished !== null) return;
     const before = this.#state;
-    const { state, effects } = applyEvent(before, { ...event, atMs: this.now } as MachineEvent);
+    const { state, effects } = applyEvent(before, { ...event, atMs: this.now });
     this.#state = state;
     this.#check(before, state);
     for (const effect of effects) {

@@ -5,7 +5,7 @@
  */
 import { createHash, randomUUID } from 'node:crypto';
 import { UnrecoverableError, Worker } from 'bullmq';
-import type { ConnectionOptions, Job } from 'bullmq';
+import type { Job } from 'bullmq';
 import { NnError, encodeFailure, errorCode } from '../../config/errors.ts';
 import { keys, workerQueue } from '../../config/keys.ts';
 import type { Control } from '../../config/keys.ts';
@@ -119,7 +119,7 @@ class Fake implements FakeWorker {
     const { queue, redis } = this.#config;
     // Like a real worker: one job at a time over all queues.
     const worker = new Worker(name, (job: Job) => this.#inTurn(job), {
-      connection: this.#connection as unknown as ConnectionOptions,
+      connection: this.#connection,
       prefix: redis.prefix,
       skipVersionCheck: true,
       name: this.id,

@@ -124,7 +124,10 @@ describe('data: checkpoints', () => {
       ),
     );
     const config = huggingFaceConfig({ ...PRESETS['6.9b'], ntkAlpha: 8 }, { precision: 'bf16' });
-    expect(config).to.include({ model_type: 'mixtral', hidden_act: 'silu', torch_dtype: 'bfloat16', num_local_experts: 16, num_experts_per_tok: 4, head_dim: 64, bos_token_id: 2, eos_token_id: 3, pad_token_id: 0, max_position_embeddings: 262144 });
+    expect(config).to.include({
+      model_type: 'mixtral', hidden_act: 'silu', torch_dtype: 'bfloat16', num_local_experts: 16, num_experts_per_tok: 4, head_dim: 64,
+      bos_token_id: 2, eos_token_id: 3, pad_token_id: 0, max_position_embeddings: 262144,
+    });
     expect(config['rope_theta']).to.be.closeTo(10000 * 8 ** (64 / 62), 1e-6);
     // Whole floats keep a point: transformers refuses an int where a float belongs.
     const text = Buffer.from(encodeHuggingFaceConfig(huggingFaceConfig(PRESETS.demo, { auxLossWeight: 1 }))).toString();

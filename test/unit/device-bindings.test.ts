@@ -1,3 +1,7 @@
+/**
+ * The generated bindings: that they are fresh, and that they refuse tensors of the wrong type or length before any kernel runs.
+ * The native library is replaced by a recorder here, so that only the generated code is tested.
+ */
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { expect } from 'chai';

@@ -1,3 +1,7 @@
+/**
+ * device.ts against the real CPU library: memory, copies, errors with their codes, devices in several threads, and libraries that
+ * are missing, foreign, of another ABI version, or lack a function.
+ */
 import { execFileSync } from 'node:child_process';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';

@@ -1,3 +1,7 @@
+/**
+ * The decoder on the CPU: cached decoding equals the whole forward pass, in pieces and in batches, and a token depends on its seed
+ * and position alone. Bad prompts are refused.
+ */
 import { expect } from 'chai';
 import { errorCode } from '../../config/errors.ts';
 import { PRESETS } from '../../config/presets.ts';

@@ -1,3 +1,6 @@
+/**
+ * The pure side of the model: where parameters lie, what the memory plan says for every preset, and the learning rate's schedule.
+ */
 import { expect } from 'chai';
 import * as fc from 'fast-check';
 import { PRESETS, elementCount, parameterCount, parameterShapes } from '../../config/presets.ts';

@@ -12,7 +12,10 @@ const worker = (id: string, changes: Partial<WorkerView> = {}): WorkerView => ({
   id, incarnation: `${id}-1`, precisions: ['fp32'], state: 'idle', replica: null, startedAtMs: 0, heldBy: null, ...changes,
 });
 const way = (changes: Partial<WayInput> = {}): ReturnType<typeof chooseWay> =>
-  chooseWay({ run: 'r', spec: spec(), workers: [worker('a'), worker('b'), worker('c')], excluded: [], home: null, current: null, measurements: { shardComputeMs: null, exchangeBytesPerMs: null }, ...changes });
+  chooseWay({
+    run: 'r', spec: spec(), workers: [worker('a'), worker('b'), worker('c')], excluded: [], home: null, current: null,
+    measurements: { shardComputeMs: null, exchangeBytesPerMs: null }, ...changes,
+  });
 
 describe('plan: the way of a step', () => {
   it('waits, and says for what', () => {
@@ -63,7 +66,8 @@ describe('plan: the way of a step', () => {
 
 describe('plan: boundaries and what is due', () => {
   it('a local job ends where something is due, always makes progress, and never passes the end', () => {
-    check(property(integer({ min: 1, max: 200 }), integer({ min: 0, max: 20 }), integer({ min: 0, max: 20 }), integer({ min: 1, max: 50 }), integer({ min: 0, max: 199 }), (steps, saves, evals, limit, at) => {
+    const whole = (min: number, max: number) => integer({ min, max });
+    check(property(whole(1, 200), whole(0, 20), whole(0, 20), whole(1, 50), whole(0, 199), (steps, saves, evals, limit, at) => {
       const version = Math.min(at, steps - 1);
       const each = spec({ steps, checkpoint: { every: saves }, evaluation: { every: evals } });
       const end = nextBoundary(each, version, limit);

@@ -71,7 +71,10 @@ function entries(sizes: Sizes, B: number, S: number): Entry[] {
   const T = B * S;
   const N = T * K;
   const tokens = `T=${T}`;
-  const slots = { index: i32(N, routing(T, E, K).index), weight: { dtype: 'f32', length: N, values: routing(T, E, K).weight } as Buffer, offsets: i32(E + 1), load: i32(E), slotToken: i32(N), slotWeight: f32(N), slotOf: i32(N) };
+  const routed = routing(T, E, K);
+  const slots = {
+    index: i32(N, routed.index), weight: { ...f32(N), values: routed.weight }, offsets: i32(E + 1), load: i32(E), slotToken: i32(N), slotWeight: f32(N), slotOf: i32(N),
+  };
   const permute = (k: Kernels, t: Record<string, Tensor>): void =>
     k.moePermute(t['offsets']!, t['load']!, t['slotToken']!, t['slotWeight']!, t['slotOf']!, t['index']!, t['weight']!, T, E, K);
   const weights = 2 * E * H * F;
@@ -117,7 +120,10 @@ function entries(sizes: Sizes, B: number, S: number): Entry[] {
       name: 'moe_down_backward', shape: tokens,
       buffers: { dgateUp: x(N * 2 * F), weightedH: x(N * F), dweight: f32(N), dout: x(T * H, 1), gateUp: x(N * 2 * F, 0.5), w: x(E * H * F, 0.02), ...slots }, prepare: permute,
       run: (k, t, dtype) =>
-        k.moeDownBackward(t['dgateUp']!, t['weightedH']!, t['dweight']!, t['dout']!, t['gateUp']!, null, t['slotToken']!, t['slotWeight']!, t['slotOf']!, t['offsets']!, t['w']!, T, H, F, E, K, dtype),
+        k.moeDownBackward(
+          t['dgateUp']!, t['weightedH']!, t['dweight']!, t['dout']!, t['gateUp']!, null, t['slotToken']!, t['slotWeight']!, t['slotOf']!, t['offsets']!, t['w']!,
+          T, H, F, E, K, dtype,
+        ),
       outputs: ['dgateUp', 'weightedH', 'dweight'], flops: down, bytes: 2 * (5 * N * F + T * H + weights / 2),
     },
     {
@@ -145,7 +151,8 @@ function entries(sizes: Sizes, B: number, S: number): Entry[] {
     },
     {
       name: 'rmsnorm_residual_forward', shape: tokens, buffers: { sum: x(T * H), y: x(T * H), reciprocal: f32(T), x: x(T * H, 1), delta: x(T * H, 1), w: x(H, 1) },
-      run: (k, t, dtype) => k.rmsnormResidualForward(t['sum']!, t['y']!, t['reciprocal']!, t['x']!, t['delta']!, t['w']!, T, H, epsilon, dtype), outputs: ['sum', 'y', 'reciprocal'], flops: 0, bytes: 8 * T * H,
+      run: (k, t, dtype) => k.rmsnormResidualForward(t['sum']!, t['y']!, t['reciprocal']!, t['x']!, t['delta']!, t['w']!, T, H, epsilon, dtype),
+      outputs: ['sum', 'y', 'reciprocal'], flops: 0, bytes: 8 * T * H,
     },
     {
       name: 'embedding_forward', shape: tokens, buffers: { y: x(T * H), token: i32(T, ids), table: x(V * H, 1) },

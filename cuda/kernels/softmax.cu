@@ -30,7 +30,8 @@ __global__ void softmax_backward_kernel(T *dx, const T *dy, const T *y, int64_t 
     dx[base + i] = from_float<T>(to_float(y[base + i]) * (to_float(dy[base + i]) - dot));
 }
 
-/* Whether rank a of expert i comes before rank b of expert j: the larger, then the lower index. */
+/* Whether logit a of expert i comes before logit b of expert j: the larger, then the lower index. The probabilities are in the same
+ * order but for those that rounding made equal; logits have one order on every device. */
 __device__ __forceinline__ bool comes_before(float a, int i, float b, int j) { return a != b ? a > b : i < j; }
 
 const int ROUTER_PER_LANE = 8; /* E <= 256 */
@@ -40,19 +41,19 @@ __global__ void router_forward_kernel(float *probability, float *weight, int32_t
   int64_t t = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
   int lane = threadIdx.x & 31;
   if (t >= T) return;
-  float p[ROUTER_PER_LANE], maximum = -INFINITY, sum = 0.0f;
+  float p[ROUTER_PER_LANE], rank[ROUTER_PER_LANE], maximum = -INFINITY, sum = 0.0f; /* rank: the logit, infinity for NaN */
 #pragma unroll
   for (int j = 0; j < ROUTER_PER_LANE; j++) {
     p[j] = 32 * j + lane < E ? logits[t * E + 32 * j + lane] : -INFINITY;
+    rank[j] = p[j] == p[j] ? p[j] : INFINITY;
     maximum = fmaxf(maximum, p[j]);
   }
   maximum = warp_max(maximum);
-  unsigned taken = 0, bad = 0; /* bit j: register j is chosen or beyond E; its logit is NaN */
+  unsigned taken = 0; /* bit j: register j is chosen or beyond E */
 #pragma unroll
   for (int j = 0; j < ROUTER_PER_LANE; j++) {
     bool inside = 32 * j + lane < E;
     if (!inside) taken |= 1u << j;
-    if (p[j] != p[j]) bad |= 1u << j;
     p[j] = inside ? expf(p[j] - maximum) : 0.0f;
     sum += p[j];
   }
@@ -64,13 +65,11 @@ __global__ void router_forward_kernel(float *probability, float *weight, int32_t
   }
   float chosen_sum = 0.0f, mine = 0.0f;
   for (int k = 0; k < K; k++) {
-    float best = -2.0f, value = 0.0f; /* rank: the probability; infinity for a NaN logit, -1 for what it made NaN */
+    float best = -INFINITY, value = 0.0f;
     int best_index = 0x7fffffff;
 #pragma unroll
-    for (int j = 0; j < ROUTER_PER_LANE; j++) {
-      float rank = bad >> j & 1 ? INFINITY : p[j] == p[j] ? p[j] : -1.0f;
-      if (!(taken >> j & 1) && comes_before(rank, 32 * j + lane, best, best_index)) best = rank, best_index = 32 * j + lane;
-    }
+    for (int j = 0; j < ROUTER_PER_LANE; j++)
+      if (!(taken >> j & 1) && comes_before(rank[j], 32 * j + lane, best, best_index)) best = rank[j], best_index = 32 * j + lane;
 #pragma unroll
     for (int i = 16; i > 0; i >>= 1) {
       float other = __shfl_xor_sync(0xffffffffu, best, i);

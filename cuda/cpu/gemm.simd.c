@@ -548,8 +548,8 @@ void NN_SIMD(nn_run_products)(nn_context *context, const nn_product_list *list) 
   int64_t first[NN_MAX_PRODUCTS + 1], total, taken = 0;
   cut by = choose_cut(list, context->threads, first, &total);
   if (total == 0) return;
-  int threads = (int)nn_min64(context->threads, total);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  int threads = nn_team(context, total, 1);
+#pragma omp parallel num_threads(threads)
   {
     scratch *s = nn_thread_scratch(context);
     s->packed_product = -1;

@@ -112,18 +112,18 @@ static inline int64_t nn_rows_workspace_bytes(const nn_sizes *z) {
 }
 
 /* ---- threads -------------------------------------------------------------------------------------------------------- */
-/* Plain OpenMP: `#pragma omp parallel for num_threads(context->threads) schedule(static)`. Which thread does an element must
- * never change its bits: a sum over rows is cut into blocks by the sizes alone, never by the number of threads. */
+/* Plain OpenMP: `#pragma omp parallel for num_threads(nn_team(context, elements, NN_GRAIN)) schedule(static)`. Which thread does an
+ * element must never change its bits: a sum over rows is cut into blocks by the sizes alone, never by the number of threads. */
 
 /* The scratch of the calling OpenMP thread, NN_THREAD_SCRATCH_BYTES of it. */
 static inline void *nn_thread_scratch(nn_context *context) {
   return context->scratch + (int64_t)omp_get_thread_num() * NN_THREAD_SCRATCH_BYTES;
 }
 
-/* Threads worth waking for so much work: at least `grain` units each. */
-static inline int nn_threads_for(const nn_context *context, int64_t units, int64_t grain) {
-  int64_t useful = units / (grain > 0 ? grain : 1);
-  return useful < 1 ? 1 : useful < context->threads ? (int)useful : context->threads;
+/* Threads for so much work: all, or only the caller when there is less than twice `grain`. Nothing in between, because an OpenMP
+ * team that changes its size is made anew. */
+static inline int nn_team(const nn_context *context, int64_t units, int64_t grain) {
+  return units >= 2 * grain ? context->threads : 1;
 }
 
 /* ---- instruction sets ----------------------------------------------------------------------------------------------- */

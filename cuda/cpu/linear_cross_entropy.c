@@ -34,7 +34,7 @@ nn_status nn_linear_cross_entropy(nn_context *context, float *loss, void *dx, fl
     nn_product forward = {.a = {.data = rows, .stride = H}, .b = {.data = weight, .stride = H, .transposed = 1}, .m = tokens,
                           .n = V, .k = H, .c = logits, .c_stride = V, .alpha = 1.0f};
     nn_run_product(context, &forward);
-#pragma omp parallel for num_threads(nn_threads_for(context, tokens * V, 1 << 13)) schedule(static)
+#pragma omp parallel for num_threads(nn_team(context, tokens * V, 1 << 12)) schedule(static)
     for (int64_t t = 0; t < tokens; t++)
       loss[first + t] = NN_DISPATCH(context, nn_loss_row)(logits + t * V, V, target[first + t], scale, dx != NULL);
     if (dx != NULL) {

@@ -110,7 +110,7 @@ nn_status nn_moe_combine(nn_context *context, void *out, const void *base, const
                          const int32_t *slot_of, int64_t T, int64_t H, int64_t K, nn_dtype dtype) {
   NN_REQUIRE(context, T >= 0 && H >= 0 && K >= 0);
   NN_REQUIRE_F32(context, dtype);
-#pragma omp parallel for num_threads(nn_threads_for(context, T * H * (K + 1), 1 << 15)) schedule(static)
+#pragma omp parallel for num_threads(nn_team(context, T * H * (K + 1), 1 << 15)) schedule(static)
   for (int64_t t = 0; t < T; t++)
     NN_DISPATCH(context, nn_combine_row)
     ((float *)out + t * H, base != NULL ? (const float *)base + t * H : NULL, y, weight != NULL ? weight + t * K : NULL,

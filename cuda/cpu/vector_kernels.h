@@ -8,12 +8,6 @@
 
 #include "internal.h"
 
-/* Threads for so much work: all, or only the caller when there is less than twice `grain`. Nothing in between, because an OpenMP
- * team that changes its size is made anew. */
-static inline int nn_team(const nn_context *context, int64_t units, int64_t grain) {
-  return units >= 2 * grain ? context->threads : 1;
-}
-
 #define NN_CHUNK 16384 /* elements that a thread takes at a time */
 #define NN_GRAIN 16384 /* elements of light work worth waking a thread for */
 

@@ -14,11 +14,8 @@
  * transposed for q k^T (v for do v^T), rows padded with zeros to whole vectors. The scale is folded into the copy of q.
  * A panel of 8 rows sees no more keys than its last query does, so the causal half that is masked is not computed.
  */
-#include <math.h>
-
 #include "simd.h"
 #include "vector_kernels.h"
-#include "vector_math.h"
 
 #define PANEL 8
 #define STEP (2 * NN_LANES) /* columns that multiply_panel takes at a time */
@@ -30,17 +27,17 @@ NN_INLINE void multiply_panel(float *c, int64_t c_row, const float *a, int64_t a
                               int64_t b_row, int64_t columns, int64_t k, int add) {
   int64_t j = 0;
   for (; j + STEP <= columns; j += STEP) {
-    nn_vf sum[PANEL][2];
+    nn_vec sum[PANEL][2];
     for (int r = 0; r < PANEL; r++) {
       sum[r][0] = add ? nn_v_load(c + r * c_row + j) : nn_v_set(0.0f);
       sum[r][1] = add ? nn_v_load(c + r * c_row + j + NN_LANES) : nn_v_set(0.0f);
     }
     const float *left = a, *right = b + j;
     for (int64_t i = 0; i < k; i++, left += a_step, right += b_row) {
-      nn_vf b0 = nn_v_load(right), b1 = nn_v_load(right + NN_LANES);
+      nn_vec b0 = nn_v_load(right), b1 = nn_v_load(right + NN_LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < PANEL; r++) {
-        nn_vf x = nn_v_set(left[r * a_row]);
+        nn_vec x = nn_v_set(left[r * a_row]);
         sum[r][0] = nn_v_fma(x, b0, sum[r][0]);
         sum[r][1] = nn_v_fma(x, b1, sum[r][1]);
       }
@@ -51,11 +48,11 @@ NN_INLINE void multiply_panel(float *c, int64_t c_row, const float *a, int64_t a
     }
   }
   for (; j < columns; j += NN_LANES) {
-    nn_vf sum[PANEL];
+    nn_vec sum[PANEL];
     for (int r = 0; r < PANEL; r++) sum[r] = add ? nn_v_load(c + r * c_row + j) : nn_v_set(0.0f);
     const float *left = a, *right = b + j;
     for (int64_t i = 0; i < k; i++, left += a_step, right += b_row) {
-      nn_vf b0 = nn_v_load(right);
+      nn_vec b0 = nn_v_load(right);
 #pragma GCC unroll 8
       for (int r = 0; r < PANEL; r++) sum[r] = nn_v_fma(nn_v_set(left[r * a_row]), b0, sum[r]);
     }
@@ -106,29 +103,21 @@ static void pack_row(float *y, int64_t width, const float *x, int64_t D, float f
 
 /* Turns one row of scores into exp(score - top), zeros from `visible` to `columns`; returns their sum. */
 NN_INLINE float exponentials(float *s, int64_t visible, int64_t columns, float top) {
-  nn_vf sum = nn_v_set(0.0f), bound = nn_v_set(top);
+  nn_vec sum = nn_v_set(0.0f), bound = nn_v_set(top);
   int64_t j = 0;
   for (; j + NN_LANES <= visible; j += NN_LANES) {
-    nn_vf e = nn_v_exp(nn_v_load(s + j) - bound);
+    nn_vec e = nn_v_exp(nn_v_load(s + j) - bound);
     sum = sum + e;
     nn_v_store(s + j, e);
   }
   if (j < visible) { /* scores are padded to whole vectors */
-    nn_vf e = nn_v_keep(nn_v_exp(nn_v_load(s + j) - bound), visible - j, nn_v_set(0.0f));
+    nn_vec e = nn_v_keep(nn_v_exp(nn_v_load(s + j) - bound), visible - j, nn_v_set(0.0f));
     sum = sum + e;
     nn_v_store(s + j, e);
     j += NN_LANES;
   }
   for (; j < columns; j += NN_LANES) nn_v_store(s + j, nn_v_set(0.0f));
   return nn_v_sum(sum);
-}
-
-NN_INLINE float largest_of(const float *s, int64_t n, float largest) {
-  nn_vf best = nn_v_set(largest);
-  int64_t j = 0;
-  for (; j + NN_LANES <= n; j += NN_LANES) best = nn_v_max(nn_v_load(s + j), best);
-  if (j < n) best = nn_v_max(nn_v_keep(nn_v_load(s + j), n - j, best), best);
-  return nn_v_largest(best);
 }
 
 void NN_SIMD(nn_attention_forward_tile)(const nn_attention_group *g, int64_t first, int64_t count, float *scratch) {
@@ -158,7 +147,7 @@ void NN_SIMD(nn_attention_forward_tile)(const nn_attention_group *g, int64_t fir
         int64_t visible = nn_min64(columns, seen + nn_min64(m0 + r, last) / g->heads), m = m0 + r;
         if (visible < 0) visible = 0;
         float before = top[m];
-        if (visible > 0) top[m] = largest_of(s + r * keys, visible, before);
+        if (visible > 0) top[m] = nn_v_largest_of(s + r * keys, visible, before);
         lane[r] = before == top[m] ? 0.0f : before - top[m];
       }
       for (int i = 0; i < 16; i += NN_LANES) nn_v_store(lane + i, nn_v_exp(nn_v_load(lane + i)));
@@ -212,7 +201,7 @@ void NN_SIMD(nn_attention_backward_tiles)(const nn_attention_group *g, int64_t k
         pack_row(q + m * width, width, g->q + i * g->q_stride + head * D, D, g->scale);
         pack_row(dout + m * width, width, gradient, D, 1.0f);
         lse[m] = g->saved_log_sum_exp[head * g->log_sum_exp_stride + i];
-        nn_vf sum = nn_v_set(0.0f);
+        nn_vec sum = nn_v_set(0.0f);
         for (int64_t d = 0; d < D; d += NN_LANES) sum = nn_v_fma(nn_v_get(gradient + d, D - d), nn_v_get(value + d, D - d), sum);
         delta[m] = nn_v_sum(sum);
       }
@@ -228,12 +217,12 @@ void NN_SIMD(nn_attention_backward_tiles)(const nn_attention_group *g, int64_t k
         for (int64_t m = m0; m < m0 + PANEL; m++) {
           int64_t visible = m < rows ? nn_min64(columns, seen + m / g->heads) : 0;
           float *pm = p + m * keys, *dsm = ds + m * keys;
-          nn_vf bound = nn_v_set(lse[m]), mean = nn_v_set(delta[m]), zero = nn_v_set(0.0f);
+          nn_vec bound = nn_v_set(lse[m]), mean = nn_v_set(delta[m]), zero = nn_v_set(0.0f);
           int64_t j = 0;
           for (; j < visible; j += NN_LANES) {
-            nn_vf e = nn_v_exp(nn_v_load(pm + j) - bound);
+            nn_vec e = nn_v_exp(nn_v_load(pm + j) - bound);
             if (visible - j < NN_LANES) e = nn_v_keep(e, visible - j, zero);
-            nn_vf x = e * (nn_v_load(dsm + j) - mean);
+            nn_vec x = e * (nn_v_load(dsm + j) - mean);
             if (visible - j < NN_LANES) x = nn_v_keep(x, visible - j, zero);
             nn_v_store(pm + j, e);
             nn_v_store(dsm + j, x);
@@ -273,7 +262,7 @@ void NN_SIMD(nn_attention_backward_tiles)(const nn_attention_group *g, int64_t k
 void NN_SIMD(nn_attention_score_row)(float *score, const float *q, const float *k, int64_t k_stride, int64_t n, int64_t D,
                                      float scale) {
   for (int64_t j = 0; j < n; j++) {
-    nn_vf sum = nn_v_set(0.0f);
+    nn_vec sum = nn_v_set(0.0f);
     for (int64_t d = 0; d < D; d += NN_LANES) sum = nn_v_fma(nn_v_get(q + d, D - d), nn_v_get(k + j * k_stride + d, D - d), sum);
     score[j] = nn_v_sum(sum) * scale;
   }
@@ -282,7 +271,7 @@ void NN_SIMD(nn_attention_score_row)(float *score, const float *q, const float *
 void NN_SIMD(nn_attention_output_row)(float *out, const float *probability, const float *v, int64_t v_stride, int64_t n,
                                       int64_t D) {
   for (int64_t d = 0; d < D; d += NN_LANES) {
-    nn_vf sum = nn_v_set(0.0f);
+    nn_vec sum = nn_v_set(0.0f);
     for (int64_t j = 0; j < n; j++) sum = nn_v_fma(nn_v_set(probability[j]), nn_v_get(v + j * v_stride + d, D - d), sum);
     nn_v_put(out + d, sum, D - d);
   }

@@ -3,15 +3,19 @@
 #include "../include/nn_random.h"
 #include "simd.h"
 #include "vector_kernels.h"
-#include "vector_math.h"
 
 void NN_SIMD(nn_silu_range)(float *y, const float *x, int64_t n) {
-  for (int64_t i = 0; i < n; i += NN_LANES) nn_v_put(y + i, nn_v_silu(nn_v_get(x + i, n - i)), n - i);
+  for (int64_t i = 0; i < n; i += NN_LANES) {
+    nn_vec a = nn_v_get(x + i, n - i);
+    nn_v_put(y + i, nn_v_silu(a, nn_v_sigmoid(a)), n - i);
+  }
 }
 
 void NN_SIMD(nn_silu_backward_range)(float *dx, const float *dy, const float *x, int64_t n) {
-  for (int64_t i = 0; i < n; i += NN_LANES)
-    nn_v_put(dx + i, nn_v_get(dy + i, n - i) * nn_v_silu_slope(nn_v_get(x + i, n - i)), n - i);
+  for (int64_t i = 0; i < n; i += NN_LANES) {
+    nn_vec a = nn_v_get(x + i, n - i);
+    nn_v_put(dx + i, nn_v_get(dy + i, n - i) * nn_v_silu_slope(a, nn_v_sigmoid(a)), n - i);
+  }
 }
 
 void NN_SIMD(nn_add_range)(float *y, const float *a, const float *b, int64_t n) {
@@ -36,14 +40,15 @@ void NN_SIMD(nn_from_bf16_range)(float *y, const uint16_t *x, int64_t n) {
 
 void NN_SIMD(nn_swiglu_row)(float *h, const float *gate, const float *up, int64_t n) {
   for (int64_t i = 0; i < n; i += NN_LANES)
-    nn_v_put(h + i, nn_v_silu(nn_v_get(gate + i, n - i)) * nn_v_get(up + i, n - i), n - i);
+    nn_v_put(h + i, nn_v_swiglu(nn_v_get(gate + i, n - i), nn_v_get(up + i, n - i)), n - i);
 }
 
 void NN_SIMD(nn_swiglu_backward_row)(float *dgate, float *dup, const float *dh, const float *gate, const float *up, int64_t n) {
   for (int64_t i = 0; i < n; i += NN_LANES) {
-    nn_vf a = nn_v_get(gate + i, n - i), b = nn_v_get(up + i, n - i), d = nn_v_get(dh + i, n - i);
-    nn_v_put(dgate + i, d * b * nn_v_silu_slope(a), n - i);
-    nn_v_put(dup + i, d * nn_v_silu(a), n - i);
+    nn_vec a = nn_v_get(gate + i, n - i), b = nn_v_get(up + i, n - i), d = nn_v_get(dh + i, n - i);
+    nn_vec s = nn_v_sigmoid(a);
+    nn_v_put(dgate + i, d * b * nn_v_silu_slope(a, s), n - i);
+    nn_v_put(dup + i, d * nn_v_silu(a, s), n - i);
   }
 }
 

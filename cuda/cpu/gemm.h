@@ -5,7 +5,7 @@
  *
  * Every element is one chain of multiply-adds over rising k, from 0 (or from `initial`): its bits depend on the row of A, the
  * column of B and k alone, never on tiles, m, n or the number of threads. AVX-512 and AVX2 give the same bits (both fuse);
- * the plain path rounds each product and differs in the last places.
+ * the plain path of x86-64 rounds each product and differs in the last places.
  */
 #ifndef NN_GEMM_H
 #define NN_GEMM_H
@@ -18,20 +18,20 @@ typedef struct nn_operand {
   int64_t stride;      /* floats from one row in memory to the next */
   const int32_t *rows; /* row i in memory is row rows[i] of data; NULL: row i */
   int transposed;      /* rows in memory are columns of the operand */
-  int64_t interleave;  /* B only, 0 for none: F, when memory has 2F columns [gate | up]. A panel of 2 * VL columns then holds
-                          VL gates and the VL ups that belong to them, so that the epilogue has both. */
+  int64_t interleave;  /* B only, 0 for none: F, when memory has 2F columns [gate | up]. A panel of 2 * NN_LANES columns then holds
+                          NN_LANES gates and the ups that belong to them, so that the epilogue has both. */
 } nn_operand;
 
 /* A tile has this many rows at most. */
 #define NN_TILE_ROWS 14
 
-/* A finished tile of a product: `rows` rows of `stride` floats, each with one panel: vectors 0 and 1 of VL floats each. */
+/* A finished tile of a product: `rows` rows of `stride` floats, each with one panel: vectors 0 and 1 of NN_LANES floats each. */
 typedef struct nn_tile {
   const float *values;
   int64_t stride;
   int64_t row, rows;   /* rows row .. row+rows-1 of the product */
-  int64_t panel;       /* columns panel * 2VL .. (interleaved: gates and ups panel * VL ..) */
-  float *row_state;    /* VL floats for each of these rows, 0 before the task's first panel */
+  int64_t panel;       /* columns panel * 2 * NN_LANES .. (interleaved: gates and ups panel * NN_LANES ..) */
+  float *row_state;    /* NN_LANES floats for each of these rows, 0 before the task's first panel */
 } nn_tile;
 
 typedef struct nn_product nn_product;

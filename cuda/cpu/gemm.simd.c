@@ -14,7 +14,7 @@
  *
  * Memory beyond the second cache is hidden by hand: strides and gathers defeat the hardware's prefetching, so each micro tile
  * fetches, one line at each step of k, what its own epilogue will touch and a share of what the thread will pack next.
- */
+ * build: -ffp-contract=off */
 #include "gemm.h"
 #include "simd.h"
 
@@ -31,7 +31,7 @@
 #define ROW_BLOCK 240
 #define TASK_ROWS_DEEP 960
 #endif
-#define NR (2 * NN_VL)
+#define NR (2 * NN_LANES)
 _Static_assert(MR <= NN_TILE_ROWS && TASK_ROWS_DEEP % MR == 0 && ROW_BLOCK % MR == 0, "rows come in whole panels");
 /* Steps of k for each turn of the micro kernel's loop: its counting takes ports away from the multiply-adds. */
 #define UNROLL 2
@@ -60,7 +60,7 @@ typedef struct scratch {
   int64_t wanted_each; /* lines of `wanted` for each micro tile */
   int64_t packed_product, packed_block; /* what `b` holds, when that is a whole product's depth */
   _Alignas(64) float tile[MR * NR];
-  _Alignas(64) float row_state[TASK_ROWS_DEEP * NN_VL];
+  _Alignas(64) float row_state[TASK_ROWS_DEEP * NN_LANES];
   _Alignas(64) float partial[TASK_ROWS_DEEP / MR * MAX_PANELS * MR * NR];
   _Alignas(64) float a[ROW_BLOCK / MR * A_PANEL(K_BLOCK)];
   _Alignas(64) float b[MAX_PANELS * B_PANEL(K_BLOCK)];
@@ -73,12 +73,12 @@ _Static_assert(sizeof(scratch) <= NN_THREAD_SCRATCH_BYTES, "the scratch of a thr
 NN_INLINE void micro_step(const int rows, const int vectors, nn_vec sum[MR][2], const float *a, const float *b) {
   nn_vec column[2];
 #pragma GCC unroll 2
-  for (int v = 0; v < vectors; v++) column[v] = nn_load(b + v * NN_VL);
+  for (int v = 0; v < vectors; v++) column[v] = nn_v_load(b + v * NN_LANES);
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) {
-    nn_vec element = nn_set(a[i]);
+    nn_vec element = nn_v_set(a[i]);
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; v++) sum[i][v] += element * column[v];
+    for (int v = 0; v < vectors; v++) sum[i][v] = nn_v_fma(element, column[v], sum[i][v]);
   }
 }
 
@@ -92,7 +92,7 @@ NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const flo
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; v++)
-      sum[i][v] = initial != NULL ? nn_load(initial + i * initial_stride + v * NN_VL) : (nn_vec){0};
+      sum[i][v] = initial != NULL ? nn_v_load(initial + i * initial_stride + v * NN_LANES) : (nn_vec){0};
   int64_t p = 0;
   for (; p < fetches; p++, a += MR, b += NR) {
     __builtin_prefetch(fetch[p]);
@@ -109,8 +109,8 @@ NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const flo
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; v++) {
-      float *to = out + i * out_stride + v * NN_VL;
-      nn_store(to, add ? nn_load(to) + sum[i][v] : sum[i][v]);
+      float *to = out + i * out_stride + v * NN_LANES;
+      nn_v_store(to, add ? nn_v_load(to) + sum[i][v] : sum[i][v]);
     }
 }
 
@@ -149,8 +149,8 @@ NN_INLINE const float *row_of(const nn_operand *x, int64_t row) {
   return x->data + (x->rows != NULL ? x->rows[row] : row) * x->stride;
 }
 
-/* Transposes NN_VL vectors, vector i being row i: after it, vector i is column i. */
-NN_INLINE void transpose(nn_vec r[NN_VL]) {
+/* Transposes NN_LANES vectors, vector i being row i: after it, vector i is column i. */
+NN_INLINE void transpose(nn_vec r[NN_LANES]) {
 #if defined(NN_BUILD_AVX512)
   __m512 t[16], u[16];
 #pragma GCC unroll 8
@@ -194,7 +194,7 @@ NN_INLINE void transpose(nn_vec r[NN_VL]) {
     r[4 + j] = (nn_vec)_mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
   }
 #else
-  for (int i = 0; i < NN_VL; i++)
+  for (int i = 0; i < NN_LANES; i++)
     for (int j = 0; j < i; j++) {
       float swap = r[i][j];
       r[i][j] = r[j][i];
@@ -203,23 +203,23 @@ NN_INLINE void transpose(nn_vec r[NN_VL]) {
 #endif
 }
 
-/* packed[p * packed_stride + i] = source[i][p] for p < depth and i < lanes, where lanes <= NN_VL; a whole vector is stored
+/* packed[p * packed_stride + i] = source[i][p] for p < depth and i < lanes, where lanes <= NN_LANES; a whole vector is stored
  * for each p, in rising p, the elements past `lanes` being of no meaning. Every source pointer must be valid. */
 NN_INLINE void pack_across(float *packed, int64_t packed_stride, const float *const *source, const int lanes, int64_t depth) {
   int64_t p = 0;
-  for (; p + NN_VL <= depth; p += NN_VL) {
-    nn_vec r[NN_VL];
+  for (; p + NN_LANES <= depth; p += NN_LANES) {
+    nn_vec r[NN_LANES];
 #pragma GCC unroll 16
-    for (int i = 0; i < NN_VL; i++) r[i] = i < lanes ? nn_load(source[i] + p) : (nn_vec){0};
+    for (int i = 0; i < NN_LANES; i++) r[i] = i < lanes ? nn_v_load(source[i] + p) : (nn_vec){0};
     transpose(r);
 #pragma GCC unroll 16
-    for (int i = 0; i < NN_VL; i++) nn_store(packed + (p + i) * packed_stride, r[i]);
+    for (int i = 0; i < NN_LANES; i++) nn_v_store(packed + (p + i) * packed_stride, r[i]);
   }
   if (p < depth) {
-    nn_vec r[NN_VL];
-    for (int i = 0; i < NN_VL; i++) r[i] = i < lanes ? nn_load_tail(source[i] + p, depth - p) : (nn_vec){0};
+    nn_vec r[NN_LANES];
+    for (int i = 0; i < NN_LANES; i++) r[i] = i < lanes ? nn_v_load_part(source[i] + p, depth - p) : (nn_vec){0};
     transpose(r);
-    for (int i = 0; i < depth - p; i++) nn_store(packed + (p + i) * packed_stride, r[i]);
+    for (int i = 0; i < depth - p; i++) nn_v_store(packed + (p + i) * packed_stride, r[i]);
   }
 }
 
@@ -227,9 +227,9 @@ NN_INLINE void pack_across(float *packed, int64_t packed_stride, const float *co
 static void pack_a(float *packed, const nn_operand *a, int64_t row, int64_t rows, int64_t from, int64_t depth) {
   if (!a->transposed) {
     for (int64_t i = 0; i < rows; i += MR, packed += A_PANEL(depth)) {
-      const float *source[NN_VL > MR ? NN_VL : MR];
+      const float *source[NN_LANES > MR ? NN_LANES : MR];
       for (int64_t r = 0; r < MR; r++) source[r] = row_of(a, row + nn_min64(i + r, rows - 1)) + from;
-#if MR <= NN_VL
+#if MR <= NN_LANES
       pack_across(packed, MR, source, MR, depth);
 #else
 #error "a panel of A is one vector wide at most"
@@ -241,16 +241,16 @@ static void pack_a(float *packed, const nn_operand *a, int64_t row, int64_t rows
     const float *source = row_of(a, from + p) + row;
     float *to = packed + p * MR;
     int64_t i = 0;
-    for (; i + NN_VL <= rows; i += MR, to += A_PANEL(depth)) nn_store(to, nn_load(source + i));
-    for (; i < rows; i += MR, to += A_PANEL(depth)) nn_store(to, nn_load_tail(source + i, rows - i));
+    for (; i + NN_LANES <= rows; i += MR, to += A_PANEL(depth)) nn_v_store(to, nn_v_load(source + i));
+    for (; i < rows; i += MR, to += A_PANEL(depth)) nn_v_store(to, nn_v_load_part(source + i, rows - i));
   }
 }
 
-/* The first column in memory of vector v of a panel, and how many of its NN_VL columns there are. */
+/* The first column in memory of vector v of a panel, and how many of its NN_LANES columns there are. */
 NN_INLINE int64_t vector_start(const nn_product *product, int64_t panel, int v, int64_t *count) {
   int64_t half = product->b.interleave;
-  int64_t in_half = half > 0 ? panel * NN_VL : panel * NR + v * NN_VL;
-  *count = nn_max64(0, nn_min64(NN_VL, (half > 0 ? half : product->n) - in_half));
+  int64_t in_half = half > 0 ? panel * NN_LANES : panel * NR + v * NN_LANES;
+  *count = nn_max64(0, nn_min64(NN_LANES, (half > 0 ? half : product->n) - in_half));
   return half > 0 ? v * half + in_half : in_half;
 }
 
@@ -261,23 +261,23 @@ static void pack_b(float *packed, const nn_product *product, int64_t panel, int6
   for (int64_t j = 0; j < 2 * panels; j++) start[j] = vector_start(product, panel + j / 2, (int)(j % 2), &count[j]);
   if (b->transposed) {
     for (int64_t j = 0; j < 2 * panels; j++) {
-      float *to = packed + j / 2 * B_PANEL(depth) + j % 2 * NN_VL;
-      const float *source[NN_VL];
+      float *to = packed + j / 2 * B_PANEL(depth) + j % 2 * NN_LANES;
+      const float *source[NN_LANES];
       if (count[j] == 0) continue; /* its sums are never looked at */
-      for (int64_t i = 0; i < NN_VL; i++) source[i] = row_of(b, start[j] + nn_min64(i, count[j] - 1)) + from;
-      pack_across(to, NR, source, NN_VL, depth);
+      for (int64_t i = 0; i < NN_LANES; i++) source[i] = row_of(b, start[j] + nn_min64(i, count[j] - 1)) + from;
+      pack_across(to, NR, source, NN_LANES, depth);
     }
     return;
   }
   int64_t whole = 2 * panels;
-  while (whole > 0 && count[whole - 1] < NN_VL) whole--;
+  while (whole > 0 && count[whole - 1] < NN_LANES) whole--;
   if (b->interleave > 0 && whole < 2 * panels) whole = 0; /* the gates of the last panel are cut short too */
   for (int64_t p = 0; p < depth; p++) {
     const float *source = row_of(b, from + p);
     float *to = packed + p * NR;
     for (int64_t j = 0; j < 2 * panels; j++) {
-      nn_vec values = j < whole ? nn_load(source + start[j]) : nn_load_tail(source + start[j] * (count[j] > 0), count[j]);
-      nn_store(to + j / 2 * B_PANEL(depth) + j % 2 * NN_VL, values);
+      nn_vec values = j < whole ? nn_v_load(source + start[j]) : nn_v_load_part(source + start[j] * (count[j] > 0), count[j]);
+      nn_v_store(to + j / 2 * B_PANEL(depth) + j % 2 * NN_LANES, values);
     }
   }
 }
@@ -338,8 +338,8 @@ static int64_t depth_of_block(const nn_product *product) {
 static void want(scratch *s, const task *t, int64_t row, int64_t from, int b_stays, int64_t micro_tiles) {
   const nn_product *product = &t->product;
   int64_t depth = nn_min64(depth_of_block(product), product->k - from), lines = 0;
-  int64_t half = product->b.interleave, first = t->panel * (half > 0 ? NN_VL : NR);
-  int64_t columns = b_stays ? 0 : nn_min64(t->panels * (half > 0 ? NN_VL : NR), (half > 0 ? half : product->n) - first);
+  int64_t half = product->b.interleave, first = t->panel * (half > 0 ? NN_LANES : NR);
+  int64_t columns = b_stays ? 0 : nn_min64(t->panels * (half > 0 ? NN_LANES : NR), (half > 0 ? half : product->n) - first);
   s->wanted[0] = region_of(&product->a, 0, t->row + row, nn_min64(ROW_BLOCK, t->rows - row), from, depth);
   s->wanted[1] = region_of(&product->b, 1, first, columns, from, depth);
   s->wanted[2] = region_of(&product->b, 1, half + first, half > 0 ? columns : 0, from, depth);
@@ -352,7 +352,7 @@ static void finish_tile(const task *t, scratch *s, const float *a, const float *
                         int64_t initial_stride, int64_t row, int64_t rows, int64_t panel) {
   const nn_product *product = &t->product;
   int64_t columns = product->b.interleave > 0 ? NR : nn_min64(NR, product->n - panel * NR);
-  int vectors = columns > NN_VL ? 2 : 1;
+  int vectors = columns > NN_LANES ? 2 : 1;
   micro_kernel *kernel = micro_kernels[rows - 1][vectors - 1];
   float *c = product->c + row * product->c_stride + panel * NR;
   int64_t fetches = 0;
@@ -364,23 +364,23 @@ static void finish_tile(const task *t, scratch *s, const float *a, const float *
       s->fetch[fetches++] = c + i * product->c_stride + columns - 1;
     }
   fetches = take_wanted(s, fetches, depth);
-  if (product->finish == NULL && columns == vectors * NN_VL && product->alpha == 1.0f &&
+  if (product->finish == NULL && columns == vectors * NN_LANES && product->alpha == 1.0f &&
       (product->beta == 0.0f || product->beta == 1.0f)) {
     kernel(depth, a, b, s->fetch, fetches, initial, initial_stride, c, product->c_stride, product->beta != 0.0f);
     return;
   }
   kernel(depth, a, b, s->fetch, fetches, initial, initial_stride, s->tile, NR, 0);
   if (product->finish != NULL) {
-    nn_tile tile = {s->tile, NR, row, rows, panel, s->row_state + (row - t->row) * NN_VL};
+    nn_tile tile = {s->tile, NR, row, rows, panel, s->row_state + (row - t->row) * NN_LANES};
     product->finish(product, &tile);
     return;
   }
   for (int64_t i = 0; i < rows; i++, c += product->c_stride)
-    for (int64_t j = 0; j < columns; j += NN_VL) {
-      int64_t count = nn_min64(NN_VL, columns - j);
-      nn_vec value = product->alpha * nn_load(s->tile + i * NR + j);
-      if (product->beta != 0.0f) value = value + product->beta * nn_load_tail(c + j, count);
-      nn_store_tail(c + j, value, count);
+    for (int64_t j = 0; j < columns; j += NN_LANES) {
+      int64_t count = nn_min64(NN_LANES, columns - j);
+      nn_vec value = product->alpha * nn_v_load(s->tile + i * NR + j);
+      if (product->beta != 0.0f) value = nn_v_fma(nn_v_set(product->beta), nn_v_load_part(c + j, count), value);
+      nn_v_store_part(c + j, value, count);
     }
 }
 
@@ -394,8 +394,8 @@ static const float *initial_sums(const nn_product *product, float *tile, int64_t
   if (columns == NR) return from;
   *stride = NR;
   for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < columns; j += NN_VL)
-      nn_store(tile + i * NR + j, nn_load_tail(from + i * product->initial_stride + j, nn_min64(NN_VL, columns - j)));
+    for (int64_t j = 0; j < columns; j += NN_LANES)
+      nn_v_store(tile + i * NR + j, nn_v_load_part(from + i * product->initial_stride + j, nn_min64(NN_LANES, columns - j)));
   return tile;
 }
 
@@ -426,7 +426,7 @@ static void run_task(const task *t, const task *next, scratch *s) {
   const nn_product *product = &t->product;
   int64_t block_depth = depth_of_block(product);
   int deep = block_depth < product->k;
-  if (product->finish_rows != NULL) memset(s->row_state, 0, (size_t)t->rows * NN_VL * sizeof(float));
+  if (product->finish_rows != NULL) memset(s->row_state, 0, (size_t)t->rows * NN_LANES * sizeof(float));
   int64_t from = 0;
   do { /* at least once: a product of depth 0 is all zeros */
     int64_t depth = nn_min64(block_depth, product->k - from);
@@ -457,7 +457,7 @@ typedef struct cut {
 } cut;
 
 static int64_t panel_count(const nn_product *product) {
-  return product->b.interleave > 0 ? nn_ceil_div(product->b.interleave, NN_VL) : nn_ceil_div(product->n, NR);
+  return product->b.interleave > 0 ? nn_ceil_div(product->b.interleave, NN_LANES) : nn_ceil_div(product->n, NR);
 }
 
 static int64_t row_tasks(const nn_product *product, cut by) { return nn_ceil_div(nn_ceil_div(product->m, MR), by.rows / MR); }

@@ -4,9 +4,8 @@
  * dx and its share of dweight. The weight gradient goes on from chunk to chunk in a private [V, H] buffer, so that the whole
  * call's sum over tokens is one chain, and is added to dweight once, with the last chunk.
  */
-#include "linear_cross_entropy.h"
-
 #include "gemm.h"
+#include "vector_kernels.h"
 
 #define CHUNK_TOKENS 1024
 
@@ -34,7 +33,7 @@ nn_status nn_linear_cross_entropy(nn_context *context, float *loss, void *dx, fl
     nn_product forward = {.a = {.data = rows, .stride = H}, .b = {.data = weight, .stride = H, .transposed = 1}, .m = tokens,
                           .n = V, .k = H, .c = logits, .c_stride = V, .alpha = 1.0f};
     nn_run_product(context, &forward);
-#pragma omp parallel for num_threads(nn_team(context, tokens * V, 1 << 12)) schedule(static)
+#pragma omp parallel for num_threads(nn_team(context, tokens * V, NN_GRAIN / 4)) schedule(static)
     for (int64_t t = 0; t < tokens; t++)
       loss[first + t] = NN_DISPATCH(context, nn_loss_row)(logits + t * V, V, target[first + t], scale, dx != NULL);
     if (dx != NULL) {

@@ -6,8 +6,6 @@
 
 #include "vector_kernels.h"
 
-#define IGNORED (-100)
-
 nn_status nn_cross_entropy_forward(nn_context *context, float *loss, const void *logits, const int32_t *target, int64_t T,
                                    int64_t V, nn_dtype dtype) {
   NN_REQUIRE(context, T >= 0 && V >= 0);
@@ -15,7 +13,7 @@ nn_status nn_cross_entropy_forward(nn_context *context, float *loss, const void 
 #pragma omp parallel for num_threads(nn_team(context, T * V, NN_GRAIN / 4)) schedule(static)
   for (int64_t t = 0; t < T; t++) {
     const float *row = (const float *)logits + t * V;
-    if (target[t] == IGNORED) {
+    if (target[t] == NN_IGNORED_TARGET) {
       loss[t] = 0.0f;
     } else if (target[t] < 0 || target[t] >= V) {
       loss[t] = NAN;
@@ -35,7 +33,7 @@ nn_status nn_cross_entropy_backward(nn_context *context, void *dlogits, const vo
   for (int64_t t = 0; t < T; t++) {
     const float *row = (const float *)logits + t * V;
     float *to = (float *)dlogits + t * V;
-    if (target[t] == IGNORED) {
+    if (target[t] == NN_IGNORED_TARGET) {
       memset(to, 0, (size_t)V * sizeof(float));
     } else if (target[t] < 0 || target[t] >= V) {
       for (int64_t i = 0; i < V; i++) to[i] = NAN;

@@ -2,7 +2,6 @@
  * Only the IEEE operations that nn.h states, in its order: the bits must equal the GPU's. build: -ffp-contract=off */
 #include "simd.h"
 #include "vector_kernels.h"
-#include "vector_math.h"
 
 #define SUM_LANES 64
 
@@ -36,19 +35,19 @@ double NN_SIMD(nn_chunk_sum)(const float *x, int64_t n) { return chunk_sum(x, n,
 double NN_SIMD(nn_chunk_sum_of_squares)(const float *x, int64_t n) { return chunk_sum(x, n, 1); }
 
 /* One vector of parameters; m and v are updated in place. */
-NN_INLINE nn_vf adamw(nn_vf p, nn_vf *m, nn_vf *v, nn_vf g, const nn_adamw_scalars *s) {
+NN_INLINE nn_vec adamw(nn_vec p, nn_vec *m, nn_vec *v, nn_vec g, const nn_adamw_scalars *s) {
   g = g * nn_v_set(s->clip);
   *m = *m * nn_v_set(s->beta1) + g * nn_v_set(s->one_minus_beta1);
   *v = *v * nn_v_set(s->beta2) + (g * g) * nn_v_set(s->one_minus_beta2);
-  nn_vf step = (*m * nn_v_set(s->inverse1)) * nn_v_set(s->rate);
+  nn_vec step = (*m * nn_v_set(s->inverse1)) * nn_v_set(s->rate);
   return p - nn_v_set(s->rate_decay) * p - step / (nn_v_sqrt(*v * nn_v_set(s->inverse2)) + nn_v_set(s->epsilon));
 }
 
 void NN_SIMD(nn_adamw_range)(float *parameter, float *m, float *v, const float *gradient, int64_t n,
                              const nn_adamw_scalars *scalars) {
   for (int64_t i = 0; i < n; i += NN_LANES) {
-    nn_vf a = nn_v_get(m + i, n - i), b = nn_v_get(v + i, n - i);
-    nn_vf p = adamw(nn_v_get(parameter + i, n - i), &a, &b, nn_v_get(gradient + i, n - i), scalars);
+    nn_vec a = nn_v_get(m + i, n - i), b = nn_v_get(v + i, n - i);
+    nn_vec p = adamw(nn_v_get(parameter + i, n - i), &a, &b, nn_v_get(gradient + i, n - i), scalars);
     nn_v_put(parameter + i, p, n - i);
     nn_v_put(m + i, a, n - i);
     nn_v_put(v + i, b, n - i);
@@ -62,8 +61,8 @@ void NN_SIMD(nn_adamw_bf16_range)(float *parameter, uint16_t *m, uint16_t *v, co
     float lane_m[NN_LANES] = {0}, lane_v[NN_LANES] = {0};
     for (int64_t l = 0; l < count; l++) lane_m[l] = nn_f32_of(m[i + l]);
     for (int64_t l = 0; l < count; l++) lane_v[l] = nn_f32_of(v[i + l]);
-    nn_vf a = nn_v_load(lane_m), b = nn_v_load(lane_v);
-    nn_vf p = adamw(nn_v_get(parameter + i, n - i), &a, &b, nn_v_get(gradient + i, n - i), scalars);
+    nn_vec a = nn_v_load(lane_m), b = nn_v_load(lane_v);
+    nn_vec p = adamw(nn_v_get(parameter + i, n - i), &a, &b, nn_v_get(gradient + i, n - i), scalars);
     nn_v_put(parameter + i, p, n - i);
     nn_v_store(lane_m, a);
     nn_v_store(lane_v, b);

@@ -36,6 +36,11 @@ NN_DECLARE_SIMD(float, nn_exp_sum_row, (float *largest, const float *x, int64_t 
 /* y = factor * exp(x - largest); y may be x. */
 NN_DECLARE_SIMD(void, nn_exp_row, (float *y, const float *x, int64_t n, float largest, float factor));
 
+#define NN_IGNORED_TARGET (-100)
+/* The loss of one row of V logits; with `gradient` the logits become scale * (softmax - onehot). An ignored target gives 0 and a
+ * gradient of 0, one outside 0..V-1 NaN. */
+NN_DECLARE_SIMD(float, nn_loss_row, (float *logits, int64_t V, int32_t target, float scale, int gradient));
+
 /* ---- rmsnorm.simd.c, rope.simd.c ---------------------------------------------------------------------------- */
 
 /* One row: x += delta first, into sum, when delta is not NULL (else sum is not used). Returns the reciprocal. */

@@ -1,6 +1,6 @@
 /**
- * What the tests of the matrix products share: the product in float64 with a bound on float32's error, and a suite that runs a table
- * on each instruction set of this CPU. Used by gemm.test.ts and moe.test.ts; knows no kernel.
+ * What several tables share: the matrix product in float64 with a bound on float32's error, and suites that run on each instruction
+ * set of this CPU. Used by the *.test.ts beside it; knows no kernel.
  */
 import { Device } from '../../cuda/device.ts';
 import type { Case, Tolerance } from './harness.ts';
@@ -42,15 +42,17 @@ export const sumTolerance = (absoluteSums: Numbers, relative = 0): Tolerance => 
   why: '2e-6 of the largest sum of absolute terms: a chain of up to 2000 float32 roundings',
 });
 
-/** Each case on the instruction sets below AVX-512; skipped where the CPU lacks them. */
-export function describeInstructionSets(title: string, cases: readonly Case[]): void {
-  for (const isa of ['plain', 'avx2'] as const) {
+export type InstructionSet = 'plain' | 'avx2' | 'avx512';
+
+/** A suite for each instruction set, skipped where the CPU lacks it. `devices` has 1, 2 and 3 threads and is filled when the tests run. */
+export function forEachInstructionSet(title: string, sets: readonly InstructionSet[], body: (devices: readonly Device[]) => void): void {
+  for (const isa of sets) {
     describe(`${title} with ${isa} instructions`, () => {
       const before_ = process.env['CUDA_NN_ISA'];
-      let devices: Device[] = [];
+      const devices: Device[] = [];
       before(function () {
         process.env['CUDA_NN_ISA'] = isa;
-        devices = [1, 2, 3].map((threads) => Device.open({ library: 'cpu', index: 0, threads }));
+        devices.push(...[1, 2, 3].map((threads) => Device.open({ library: 'cpu', index: 0, threads })));
         if (devices[0]!.description.isa !== isa) this.skip();
       });
       after(() => {
@@ -58,7 +60,14 @@ export function describeInstructionSets(title: string, cases: readonly Case[]): 
         else process.env['CUDA_NN_ISA'] = before_;
         for (const device of devices) device.close();
       });
-      for (const one of cases) it(`${one.kernel} ${one.sizes}`, () => checkCase(devices, one));
+      body(devices);
     });
   }
+}
+
+/** Each case on the instruction sets below AVX-512. */
+export function describeInstructionSets(title: string, cases: readonly Case[]): void {
+  forEachInstructionSet(title, ['plain', 'avx2'], (devices) => {
+    for (const one of cases) it(`${one.kernel} ${one.sizes}`, () => checkCase(devices, one));
+  });
 }

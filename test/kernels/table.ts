@@ -87,7 +87,7 @@ const elementwise = LENGTHS.flatMap((n): Case[] => {
 
 /** Where exp overflows, underflows, is exact or is no number, and a sweep between. */
 const specials = Float32Array.from([
-  0, -0, 1, -1, Infinity, -Infinity, NaN, 1e30, -1e30, 1e-45, -1e-45, 88.72283, -88.72283, 88.7229, -88.7229, 87.33654, -87.33654,
+  0, -0, 1, -1, Infinity, -Infinity, NaN, 1e30, -1e30, 1e38, -1e38, 3.4e38, -3.4e38, 1e-45, -1e-45, 88.72283, -88.72283, 88.7229, -88.7229, 87.33654, -87.33654,
   87.3366, -87.3366,
   ...Array.from({ length: 4000 }, (_, i) => (i - 2000) * 0.0467),
 ]);
@@ -97,6 +97,20 @@ const special = [
     buffers: { y: output('f32', specials.length), x: input(specials) },
     run: (k, t) => k.siluForward(t.y, t.x, specials.length, 'f32'),
     expected: ({ x }) => ({ y: each(x, reference.silu) }),
+    tolerance: rounding(5, 1e-35, 'exp within 1.01 ulp, then three roundings'),
+  }),
+  define({
+    kernel: 'silu_backward', sizes: 'from the smallest to the largest exponent, infinities and NaN',
+    buffers: { dx: output('f32', specials.length), dy: input(specials.map(() => 1)), x: input(specials) },
+    run: (k, t) => k.siluBackward(t.dx, t.dy, t.x, specials.length, 'f32'),
+    expected: ({ x }) => ({ dx: each(x, reference.siluSlope) }),
+    tolerance: rounding(16, 1e-6, 'the slope is a difference of terms of about 1 near its zero'),
+  }),
+  define({
+    kernel: 'swiglu_forward', sizes: 'from the smallest to the largest gate, infinities and NaN',
+    buffers: { h: output('f32', specials.length), gateUp: input(Float32Array.of(...specials, ...specials.map(() => 1))) },
+    run: (k, t) => k.swigluForward(t.h, t.gateUp, 1, specials.length, 'f32'),
+    expected: () => ({ h: each(specials, reference.silu) }),
     tolerance: rounding(5, 1e-35, 'exp within 1.01 ulp, then three roundings'),
   }),
   define({

@@ -12,7 +12,9 @@
  *
  * Every product goes through one register-tiled loop, multiply_panel: 8 rows by two vectors. Copies of k and v are packed: k
  * transposed for q k^T (v for do v^T), rows padded with zeros to whole vectors. The scale is folded into the copy of q.
- * A panel of 8 rows sees no more keys than its last query does, so the causal half that is masked is not computed.
+ * A panel of 8 rows sees no more keys than its last query does, so the causal half that is masked is not computed. The corner that
+ * only some of its rows see is left out of a panel's product and added row by row (multiply_row): a weight of 0 would not do, because
+ * 0 times what a later token left there may be NaN.
  */
 #include "simd.h"
 #include "vector_kernels.h"
@@ -68,6 +70,15 @@ static void multiply_rows(float *c, int64_t c_row, const float *a, int64_t a_row
 static void multiply_transposed(float *c, int64_t c_row, const float *a, int64_t a_step, const float *b, int64_t b_row,
                                 int64_t columns, int64_t k) {
   multiply_panel(c, c_row, a, 1, a_step, b, b_row, columns, k, 1);
+}
+
+/* c[j] += sum over i < k of a[i * a_step] * b[i * width + j], for j < width, a multiple of NN_LANES: a row's last terms. */
+static void multiply_row(float *c, const float *a, int64_t a_step, const float *b, int64_t width, int64_t k) {
+  for (int64_t j = 0; j < width && k > 0; j += NN_LANES) {
+    nn_vec sum = nn_v_load(c + j);
+    for (int64_t i = 0; i < k; i++) sum = nn_v_fma(nn_v_set(a[i * a_step]), nn_v_load(b + i * width + j), sum);
+    nn_v_store(c + j, sum);
+  }
 }
 
 /* y[d, j] = x[j, d] for j < count, zeros for count <= j < y_row. */
@@ -142,6 +153,7 @@ void NN_SIMD(nn_attention_forward_tile)(const nn_attention_group *g, int64_t fir
       const int64_t columns = nn_min64(here, seen + last / g->heads), whole = round_up(columns, NN_LANES);
       if (columns <= 0) continue;
       multiply_rows(s, keys, q + m0 * width, width, k, keys, whole, D, 0);
+      const int64_t common = nn_max64(0, nn_min64(columns, seen + m0 / g->heads)); /* that all rows see */
       float lane[16] = {0}; /* the change of each row's maximum, and a multiple of every NN_LANES long */
       for (int64_t r = 0; r < PANEL; r++) {
         int64_t visible = nn_min64(columns, seen + nn_min64(m0 + r, last) / g->heads), m = m0 + r;
@@ -158,7 +170,10 @@ void NN_SIMD(nn_attention_forward_tile)(const nn_attention_group *g, int64_t fir
         for (int64_t d = 0; d < width; d += NN_LANES)
           nn_v_store(o + m * width + d, nn_v_load(o + m * width + d) * nn_v_set(lane[r]));
       }
-      multiply_rows(o + m0 * width, width, s, keys, v, width, width, columns, 1);
+      multiply_rows(o + m0 * width, width, s, keys, v, width, width, common, 1);
+      for (int64_t m = m0; m <= last; m++)
+        multiply_row(o + m * width, s + (m - m0) * keys + common, 1, v + common * width, width,
+                     nn_min64(columns, seen + m / g->heads) - common);
     }
   }
   for (int64_t m = 0; m < rows; m++) {
@@ -233,7 +248,11 @@ void NN_SIMD(nn_attention_backward_tiles)(const nn_attention_group *g, int64_t k
           }
         }
         if (!want_queries) continue;
-        if (columns > 0) multiply_rows(dq, width, ds + m0 * keys, keys, k, width, width, columns, 0);
+        const int64_t common = nn_max64(0, nn_min64(columns, seen + m0 / g->heads)); /* that all rows see */
+        if (columns > 0) multiply_rows(dq, width, ds + m0 * keys, keys, k, width, width, common, 0);
+        for (int64_t m = m0; m <= last; m++)
+          multiply_row(dq + (m - m0) * width, ds + m * keys + common, 1, k + common * width, width,
+                       nn_min64(columns, seen + m / g->heads) - common);
         for (int64_t m = m0; m < m0 + PANEL && m < rows && columns > 0; m++) {
           float *to = g->dq + (first + m / g->heads) * g->q_stride + m % g->heads * D;
           const float *from = dq + (m - m0) * width;
@@ -245,11 +264,15 @@ void NN_SIMD(nn_attention_backward_tiles)(const nn_attention_group *g, int64_t k
       }
       if (!want_keys) continue;
       for (int64_t j = 0; j < here; j += PANEL) {
-        /* Key k0 + j is seen from query k0 + j on. */
-        int64_t from = nn_max64(0, k0 + j - first) * g->heads;
-        if (from >= padded) continue;
-        multiply_transposed(dv + j * width, width, p + from * keys + j, keys, dout + from * width, width, width, padded - from);
-        multiply_transposed(dk + j * width, width, ds + from * keys + j, keys, q + from * width, width, width, padded - from);
+        /* Key k0 + j is seen from query k0 + j on, the whole panel of keys from row `all` on. */
+        const int64_t all = nn_min64(padded, nn_max64(0, k0 + j + PANEL - 1 - first) * g->heads);
+        for (int64_t r = j; r < j + PANEL - 1; r++) {
+          const int64_t from = nn_min64(all, nn_max64(0, k0 + r - first) * g->heads);
+          multiply_row(dv + r * width, p + from * keys + r, keys, dout + from * width, width, all - from);
+          multiply_row(dk + r * width, ds + from * keys + r, keys, q + from * width, width, all - from);
+        }
+        multiply_transposed(dv + j * width, width, p + all * keys + j, keys, dout + all * width, width, width, padded - all);
+        multiply_transposed(dk + j * width, width, ds + all * keys + j, keys, q + all * width, width, width, padded - all);
       }
     }
     for (int64_t j = 0; j < here && want_keys; j++) {

@@ -197,7 +197,8 @@ async function locked(work) {
 async function setUp() {
   if (!dependenciesFresh()) installDependencies();
   const { buildNative } = await import(pathToFileURL(join(root, 'cuda', 'build.mjs')).href);
-  await buildNative(); // speaks, on stderr, only when there is something to build
+  // Speaks, on stderr, only when there is something to build. The CUDA library takes minutes: only where there is a driver to run it.
+  await buildNative({ cuda: existsSync('/proc/driver/nvidia/version') ? 'auto' : false });
   const files = sources();
   const digest = sourceDigest(files);
   if (!typescriptFresh(digest)) {

@@ -21,7 +21,7 @@ const outputDirectory = join(root, 'dist', 'native');
 const objectDirectory = join(outputDirectory, 'objects');
 const macos = process.platform === 'darwin';
 const extension = macos ? 'dylib' : 'so';
-const compileTimeoutMs = 300_000;
+const compileTimeoutMs = 1_800_000;
 
 const commonFlags = [
   '-std=gnu11', '-O3', '-fPIC', '-fvisibility=hidden', '-fno-math-errno', '-fno-trapping-math',
@@ -166,7 +166,8 @@ async function buildCpu(say) {
 const onPath = (program) => (process.env.PATH ?? '').split(delimiter).some((directory) => existsSync(join(directory, program)));
 
 /**
- * cuda/kernels/*.cu to dist/native/libnn_cuda.so. `wanted`: false does nothing; 'auto' does nothing where there is no nvcc; true throws
+ * cuda/kernels/*.cu to dist/native/libnn_cuda.so, for the targets of CUDA_NN_NVCC_TARGETS (such as 90a; all when unset, and PTX for
+ * newer chips). `wanted`: false does nothing; 'auto' does nothing where there is no nvcc; true throws
  * COMPILER_MISSING there.
  */
 async function buildCuda(say, wanted) {
@@ -177,21 +178,41 @@ async function buildCuda(say, wanted) {
     return undefined;
   }
   const library = join(outputDirectory, 'libnn_cuda.so');
-  const targets = ['80', '86', '89', '90a'].map((sm) => `-gencode=arch=compute_${sm},code=sm_${sm}`);
-  const flags = [
-    '-std=c++17', '-O3', '-shared', '-Xcompiler', '-fPIC,-fvisibility=hidden', '-Xlinker', '-z,nodelete', '--threads', '0',
-    ...targets, '-gencode=arch=compute_90,code=compute_90',
-  ];
+  const targets = (process.env.CUDA_NN_NVCC_TARGETS ?? '80,86,89,90a').split(',').map((sm) => `-gencode=arch=compute_${sm},code=sm_${sm}`);
+  const newer = process.env.CUDA_NN_NVCC_TARGETS === undefined ? ['-gencode=arch=compute_90,code=compute_90'] : [];
+  const flags = ['-std=c++17', '-O3', '-Xcompiler', '-fPIC,-fvisibility=hidden', ...targets, ...newer];
   const version = spawnSync('nvcc', ['--version'], { encoding: 'utf8' }).stdout;
-  const sources = [kernelDirectory, includeDirectory].flatMap((directory) => readdirSync(directory).sort().map((name) => join(directory, name)));
-  const stamp = sha256(version, ...flags, ...sources.map((path) => readFileSync(path)));
+  const headers = [kernelDirectory, includeDirectory].flatMap((directory) =>
+    readdirSync(directory).filter((name) => /\.(h|cuh)$/.test(name)).sort().map((name) => join(directory, name)),
+  );
+  const common = sha256(version, ...flags, ...headers.map((path) => readFileSync(path)));
+  const plan = kernels.map((name) => {
+    const source = join(kernelDirectory, name);
+    const text = readFileSync(source, 'utf8');
+    const all = text.includes('build: -fmad=false') ? [...flags, '-fmad=false'] : flags;
+    return { source, flags: all, object: join(objectDirectory, 'cuda', `${name.slice(0, -3)}-${sha256(common, text, ...all).slice(0, 16)}.o`) };
+  });
+  const stamp = sha256(...plan.map(({ object }) => object));
   const stampFile = `${library}.stamp`;
   if (existsSync(library) && existsSync(stampFile) && readFileSync(stampFile, 'utf8') === stamp) return { library, built: false };
-  say(`native: compiling ${kernels.length} CUDA sources`);
+  mkdirSync(join(objectDirectory, 'cuda'), { recursive: true });
+  const missing = plan.filter(({ object }) => !existsSync(object));
+  say(`native: compiling ${missing.length} of ${plan.length} CUDA objects with nvcc`);
+  await inParallel(missing, async ({ source, flags: all, object }) => {
+    const temporary = `${object}.${process.pid}`;
+    await run('nvcc', [...all, '-c', '-o', temporary, source]);
+    renameSync(temporary, object);
+  });
   const temporary = `${library}.${process.pid}`;
-  await run('nvcc', [...flags, '-o', temporary, ...kernels.map((name) => join(kernelDirectory, name))]);
+  await run('nvcc', ['-shared', ...targets, '-Xlinker', '-z,nodelete', '-o', temporary, ...plan.map(({ object }) => object)]);
   renameSync(temporary, library);
   writeFileSync(stampFile, stamp);
+  const current = new Set(plan.map(({ object }) => object));
+  for (const name of readdirSync(join(objectDirectory, 'cuda'))) {
+    const path = join(objectDirectory, 'cuda', name);
+    if (name.endsWith('.o') && !current.has(path)) rmSync(path);
+  }
+  say(`native: ${library}`);
   return { library, built: true };
 }
 

@@ -1,6 +1,6 @@
 /* decode.cu: the next token from logits: argmax, and sampling from all, the top k or the top p. One block a sequence; no sort: the place
  * of a rank or of a cumulative probability is found digit by digit in the logits' bits, by histograms of masses in fixed point,
- * whose integer sums have no order. Compiled without contraction (-fmad=false), because nn_random.h wants it.
+ * whose integer sums have no order. Compiled without contraction (build: -fmad=false), because nn_random.h wants it.
  */
 #include "../include/nn_random.h"
 #include "common.cuh"

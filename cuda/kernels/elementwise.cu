@@ -1,6 +1,6 @@
 /* elementwise.cu: kernels with one output element per input element, sums in float64 and the digest. All are bound by memory:
- * 16 bytes an access, a grid-stride loop, scalar accesses where a slice is not aligned. Compiled without contraction (-fmad=false),
- * because nn_random.h wants it.
+ * 16 bytes an access, a grid-stride loop, scalar accesses where a slice is not aligned. Compiled without contraction
+ * (build: -fmad=false), because nn_random.h wants it.
  */
 #include "../include/nn_random.h"
 #include "common.cuh"
@@ -8,10 +8,10 @@
 /* ---- kernels ------------------------------------------------------------------------------------------------- */
 
 struct SiluForward {
-  __device__ float operator()(float x, float, float) const { return x * sigmoid(x); }
+  __device__ float operator()(float x, float, float) const { return x * sigmoid<float>(x); }
 };
 struct SiluBackward { /* a = dy, b = x */
-  __device__ float operator()(float dy, float x, float) const { return dy * silu_derivative(x, sigmoid(x)); }
+  __device__ float operator()(float dy, float x, float) const { return dy * silu_derivative(x, sigmoid<float>(x)); }
 };
 struct Add {
   __device__ float operator()(float a, float b, float) const { return a + b; }
@@ -51,7 +51,7 @@ __global__ void swiglu_forward_kernel(T *h, const T *gate_up, int64_t rows, int6
     int64_t row = i / packs, column = (i - row * packs) * N;
     Pack<T, N> gate = load_pack<T, N>(gate_up + row * 2 * F + column), up = load_pack<T, N>(gate_up + row * 2 * F + F + column), out;
 #pragma unroll
-    for (int j = 0; j < N; j++) out.v[j] = from_float<T>(swiglu(to_float(gate.v[j]), to_float(up.v[j])));
+    for (int j = 0; j < N; j++) out.v[j] = from_float<T>(swiglu<T>(to_float(gate.v[j]), to_float(up.v[j])));
     store_pack<T, N>(h + row * F + column, out);
   }
 }
@@ -65,7 +65,7 @@ __global__ void swiglu_backward_kernel(T *dgate_up, const T *dh, const T *gate_u
     Pack<T, N> dgate, dup;
 #pragma unroll
     for (int j = 0; j < N; j++) {
-      float g = to_float(gate.v[j]), u = to_float(up.v[j]), dy = to_float(d.v[j]), s = sigmoid(g);
+      float g = to_float(gate.v[j]), u = to_float(up.v[j]), dy = to_float(d.v[j]), s = sigmoid<T>(g);
       dgate.v[j] = from_float<T>(dy * u * silu_derivative(g, s));
       dup.v[j] = from_float<T>(dy * (g * s));
     }

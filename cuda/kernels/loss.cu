@@ -13,10 +13,11 @@ const int IGNORED = -100;
 struct RowSum {
   float maximum, sum; /* sum of exp(x - maximum) */
 };
+template <typename T>
 __device__ __forceinline__ RowSum merge(RowSum a, RowSum b) {
   RowSum r;
   r.maximum = fmaxf(a.maximum, b.maximum);
-  float fa = a.maximum == -INFINITY ? 0.0f : __expf(a.maximum - r.maximum), fb = b.maximum == -INFINITY ? 0.0f : __expf(b.maximum - r.maximum);
+  float fa = a.maximum == -INFINITY ? 0.0f : exponential<T>(a.maximum - r.maximum), fb = b.maximum == -INFINITY ? 0.0f : exponential<T>(b.maximum - r.maximum);
   r.sum = a.sum * fa + b.sum * fb;
   return r;
 }
@@ -31,20 +32,20 @@ __device__ __forceinline__ RowSum row_sum(const T *row, int64_t V) {
     float top = to_float(pack.v[0]);
 #pragma unroll
     for (int j = 1; j < N; j++) top = fmaxf(top, to_float(pack.v[j]));
-    if (top > mine.maximum) mine.sum *= mine.maximum == -INFINITY ? 0.0f : __expf(mine.maximum - top), mine.maximum = top;
+    if (top > mine.maximum) mine.sum *= mine.maximum == -INFINITY ? 0.0f : exponential<T>(mine.maximum - top), mine.maximum = top;
 #pragma unroll
-    for (int j = 0; j < N; j++) mine.sum += __expf(to_float(pack.v[j]) - mine.maximum);
+    for (int j = 0; j < N; j++) mine.sum += exponential<T>(to_float(pack.v[j]) - mine.maximum);
   }
 #pragma unroll
   for (int s = 16; s > 0; s >>= 1) {
     RowSum other = {__shfl_xor_sync(0xffffffffu, mine.maximum, s), __shfl_xor_sync(0xffffffffu, mine.sum, s)};
-    mine = merge(mine, other);
+    mine = merge<T>(mine, other);
   }
   __syncthreads();
   if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = mine;
   __syncthreads();
   RowSum total = shared[0];
-  for (int i = 1; i < ROW_THREADS / 32; i++) total = merge(total, shared[i]);
+  for (int i = 1; i < ROW_THREADS / 32; i++) total = merge<T>(total, shared[i]);
   return total;
 }
 
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_kernel(float *loss,
       pack = load_pack<T, N>(row + i);
 #pragma unroll
       for (int j = 0; j < N; j++) {
-        float d = __expf(to_float(pack.v[j]) - total.maximum) * factor;
+        float d = exponential<T>(to_float(pack.v[j]) - total.maximum) * factor;
         if (i + j == wanted) d -= scale;
         pack.v[j] = from_float<T>(valid_target ? d : NAN);
       }

@@ -1,4 +1,4 @@
-/* optimizer.cu: gradient clip and AdamW, bound by memory. Compiled without contraction (-fmad=false), and written with the
+/* optimizer.cu: gradient clip and AdamW, bound by memory. Compiled without contraction (build: -fmad=false), and written with the
  * operations of nn.h in the order of nn.h, because CPU and GPU must give the same bits.
  * Loshchilov and Hutter, arXiv 1711.05101.
  */

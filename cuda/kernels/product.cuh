@@ -179,8 +179,8 @@ __device__ __forceinline__ void epilogue_swiglu(const Product &p, const Tile &ti
     store_two<T>(at, gate.x, gate.y, second);
     store_two<T>(at + p.n, up.x, up.y, second);
   }
-  store_two<T>((T *)p.h_out + row * p.n + column, swiglu(rounded<T>(gate.x), rounded<T>(up.x)),
-               swiglu(rounded<T>(gate.y), rounded<T>(up.y)), second);
+  store_two<T>((T *)p.h_out + row * p.n + column, swiglu<T>(rounded<T>(gate.x), rounded<T>(up.x)),
+               swiglu<T>(rounded<T>(gate.y), rounded<T>(up.y)), second);
 }
 
 /* Returns dh . h of the two columns. */
@@ -195,8 +195,8 @@ __device__ __forceinline__ float epilogue_swiglu_backward(const Product &p, cons
   if (p.h)
     h = load_two<T>((const T *)p.h + row * p.n + column, second);
   else
-    h = make_float2(rounded<T>(swiglu(gate.x, up.x)), rounded<T>(swiglu(gate.y, up.y)));
-  float sx = sigmoid(gate.x), sy = sigmoid(gate.y), wx = w * dx, wy = w * dy;
+    h = make_float2(rounded<T>(swiglu<T>(gate.x, up.x)), rounded<T>(swiglu<T>(gate.y, up.y)));
+  float sx = sigmoid<T>(gate.x), sy = sigmoid<T>(gate.y), wx = w * dx, wy = w * dy;
   T *out = (T *)p.c + at;
   store_two<T>(out, wx * up.x * silu_derivative(gate.x, sx), wy * up.y * silu_derivative(gate.y, sy), second);
   store_two<T>(out + p.n, wx * gate.x * sx, wy * gate.y * sy, second);

@@ -159,7 +159,7 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &tile, float
       }
       store_rows(staging, (bf16 *)p.h_out + row0 * p.n + tile.n0 + part * 64, p.n, rows, left - part * 64, [&](int j, int half) {
         const int g = gate + j * 4 + half * 2, u = up + j * 4 + half * 2;
-        return pack_bf16(swiglu(rounded<bf16>(d[g]), rounded<bf16>(d[u])), swiglu(rounded<bf16>(d[g + 1]), rounded<bf16>(d[u + 1])));
+        return pack_bf16(swiglu<bf16>(rounded<bf16>(d[g]), rounded<bf16>(d[u])), swiglu<bf16>(rounded<bf16>(d[g + 1]), rounded<bf16>(d[u + 1])));
       });
     }
   } else {
@@ -188,11 +188,11 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &tile, float
 #pragma unroll
         for (int j = 0; j < 8; j++) {
           float2 g = unpack_bf16(gate[j][half]), u = unpack_bf16(up[j][half]);
-          uint32_t hp = p.h ? h[j][half] : pack_bf16(swiglu(g.x, u.x), swiglu(g.y, u.y));
+          uint32_t hp = p.h ? h[j][half] : pack_bf16(swiglu<bf16>(g.x, u.x), swiglu<bf16>(g.y, u.y));
           float2 hv = unpack_bf16(hp);
           float x = d[part * 32 + j * 4 + half * 2], y = d[part * 32 + j * 4 + half * 2 + 1];
           dots[half] += x * hv.x + y * hv.y;
-          float sx = sigmoid(g.x), sy = sigmoid(g.y), wx = weight[half] * x, wy = weight[half] * y;
+          float sx = sigmoid<bf16>(g.x), sy = sigmoid<bf16>(g.y), wx = weight[half] * x, wy = weight[half] * y;
           h[j][half] = pack_bf16(weight[half] * hv.x, weight[half] * hv.y);
           gate[j][half] = pack_bf16(wx * u.x * silu_derivative(g.x, sx), wy * u.y * silu_derivative(g.y, sy));
           up[j][half] = pack_bf16(wx * g.x * sx, wy * g.y * sy);

@@ -14,9 +14,9 @@ __global__ void softmax_forward_kernel(T *y, const T *x, int64_t columns) {
   float maximum = -INFINITY, sum = 0.0f;
   for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) maximum = fmaxf(maximum, to_float(x[i]));
   maximum = block_max(maximum, shared);
-  for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) sum += __expf(to_float(x[i]) - maximum);
+  for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) sum += exponential<T>(to_float(x[i]) - maximum);
   sum = block_sum(sum, shared);
-  for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) y[i] = from_float<T>(__expf(to_float(x[i]) - maximum) / sum);
+  for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) y[i] = from_float<T>(exponential<T>(to_float(x[i]) - maximum) / sum);
 }
 
 template <typename T>
@@ -105,7 +105,7 @@ __global__ void router_backward_kernel(float *dlogits, const float *dweight, con
     chosen += probability[t * E + index[t * K + k]];
   }
   float d[ROUTER_PER_LANE], p[ROUTER_PER_LANE], inner = 0.0f;
-  float aux = aux_scale * (float)E / ((float)T * ((float)T * (float)K));
+  float aux = K > 0 ? aux_scale * (float)E / ((float)T * ((float)T * (float)K)) : 0.0f;
 #pragma unroll
   for (int j = 0; j < ROUTER_PER_LANE; j++) {
     int e = 32 * j + lane;

@@ -18,7 +18,7 @@ extern "C" nn_status nn_workspace_bytes(nn_context *context, int64_t *bytes, int
   need(ceil_div(T * K, SORT_BLOCK) * E * 4);                                /* nn_moe_permute */
   need(ceil_div(T, SORT_BLOCK) * SORT_BINS * 4 + 2 * T * 4);                /* nn_scatter_add */
   need(nn_loss_chunk(T, V) * V * size + V * H * 4 + SPLIT_WORKSPACE);       /* nn_linear_cross_entropy */
-  if (S > 0) {
+  if (S > 0 && T > 0) {
     Attention a = attention_of(NULL, ceil_div(T, S), S, Q, G, D, dtype);
     need(T * Q * 4 + nn_attention_backward_scratch(context, a));            /* nn_flash_attention_backward */
     Attention d = attention_of(NULL, T, 1, Q, G, D, dtype);

@@ -144,6 +144,8 @@ function checkDirectory(directory: string): Manifest | null {
 export class CheckpointReader implements WeightSource {
   readonly directory: string;
   readonly model: ModelConfig;
+  /** What the weights are stored in: bf16 when all of them are. */
+  readonly precision: Precision;
   /** The version; null in a directory that says nothing of training. */
   readonly step: number | null;
   /** training/state.json, or null. */
@@ -163,6 +165,7 @@ export class CheckpointReader implements WeightSource {
     const shapes = parameterShapes(this.model);
     this.#weights = openWeights(directory, opened);
     requireTensors(directory, shapes, this.#weights);
+    this.precision = shapes.every(({ name }) => this.#weights.get(name)!.entry(name).dtype === 'BF16') ? 'bf16' : 'fp32';
     this.tokenizer = existsSync(join(directory, FILES.tokenizer)) ? join(directory, FILES.tokenizer) : null;
     this.hasTraining = existsSync(join(directory, 'training'));
     this.state = this.hasTraining ? readState(directory) : null;

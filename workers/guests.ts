@@ -6,6 +6,7 @@ import { join } from 'node:path';
 import { NnError } from '../config/errors.ts';
 import type { Message, Result } from '../config/messages.ts';
 import { parseRunSpec } from '../config/run-spec.ts';
+import type { Precision } from '../config/run-spec.ts';
 import type { Device } from '../cuda/device.ts';
 import { CheckpointReader } from '../data/checkpoint-files.ts';
 import { TokenFile, requireVocabulary } from '../data/token-file.ts';
@@ -28,6 +29,9 @@ const DEFAULT_SEQUENCE_LENGTH = 256;
 /** Sequences that an eval holds at once. */
 const EVAL_SEQUENCES = 4;
 
+/** A checkpoint in bf16 is computed in bf16 where the device can, in float32 elsewhere. */
+const precisionOn = (device: Device, reader: CheckpointReader): Precision => (device.description.kind === 'cuda' ? reader.precision : 'fp32');
+
 /** The loss of a checkpoint on the first sequences of a token file. Throws CHECKPOINT_INVALID, DATA_INVALID, DEVICE_MEMORY, ... */
 export function evaluateCheckpoint({ device, worker, signals }: GuestOptions, message: Message<'eval'>): Result<'eval'> {
   const startedAt = performance.now();
@@ -42,8 +46,8 @@ export function evaluateCheckpoint({ device, worker, signals }: GuestOptions, me
       const { optimizer } = parseRunSpec({
         name: 'eval', model: { ...model }, data: { train: message.data }, steps: 1, batch: { sequences: perBatch, sequenceLength },
       });
-      const shape = { model, precision: 'fp32', recompute: 'none', sequences: perBatch, sequenceLength, separateShards: false, evaluateOnly: true } as const;
-      return using(new Trainer(device, { ...shape, optimizer, totalSteps: 1 }), (trainer) => {
+      const shape = { model, precision: precisionOn(device, reader), recompute: 'none', sequences: perBatch, sequenceLength } as const;
+      return using(new Trainer(device, { ...shape, optimizer, totalSteps: 1, separateShards: false, evaluateOnly: true }), (trainer) => {
         trainer.loadWeights(reader);
         const { lossSum, targetTokens } = evaluateFile(trainer, file, { sequences: message.sequences, sequenceLength, perBatch }, () => signals.check());
         const milliseconds = performance.now() - startedAt;
@@ -63,7 +67,7 @@ export function generate({ device, worker, signals }: GuestOptions, message: Mes
     const beginning = tokenizer.bosId ?? tokenizer.eosId ?? 0;
     const encoded = prompts.map((prompt) => (prompt === '' ? [beginning] : tokenizer.encode(prompt)));
     const capacity = Math.max(...encoded.map((tokens) => tokens.length)) + maxTokens;
-    return using(new Decoder(device, { model, precision: 'fp32', capacity, batch: prompts.length }), (decoder) => {
+    return using(new Decoder(device, { model, precision: precisionOn(device, reader), capacity, batch: prompts.length }), (decoder) => {
       decoder.loadWeights(reader);
       const startedAt = performance.now();
       const completions = decoder.generate({

@@ -49,6 +49,13 @@ export interface CheckpointSource {
   readonly runInfo: Readonly<Record<string, unknown>>;
 }
 
+export interface WriteOptions {
+  /** Most bytes of one file of weights. */
+  readonly shardBytes?: number;
+  /** Whether master weights and optimizer state are written, without which no run can go on from here. */
+  readonly withTraining?: boolean;
+}
+
 /** Splits tensors, in order, into files of at most `shardBytes` (a larger tensor has a file of its own). */
 function planShards(tensors: readonly PlannedTensor[], shardBytes: number): { file: string; tensors: PlannedTensor[] }[] {
   const shards: PlannedTensor[][] = [];
@@ -72,7 +79,7 @@ function planShards(tensors: readonly PlannedTensor[], shardBytes: number): { fi
 const planned = (shapes: readonly ParameterShape[], dtype: PlannedTensor['dtype']): PlannedTensor[] => shapes.map(({ name, shape }) => ({ name, dtype, shape }));
 
 /** Writes all files of a checkpoint into an empty directory, the manifest last, each synced. */
-function fillDirectory(directory: string, source: CheckpointSource, shardBytes: number): number {
+function fillDirectory(directory: string, source: CheckpointSource, { shardBytes, withTraining }: Required<WriteOptions>): number {
   const manifest = new ManifestBuilder();
   const shapes = parameterShapes(source.model);
   const small = (file: string, contents: Uint8Array): void => {
@@ -102,14 +109,16 @@ function fillDirectory(directory: string, source: CheckpointSource, shardBytes: 
     small(FILES.tokenizer, onFile(path, () => readFileSync(path)));
     json(FILES.tokenizerConfig, tokenizerConfig());
   }
-  onFile(directory, () => mkdirSync(join(directory, 'training')));
-  if (dtype !== 'F32') tensors(FILES.training.weight, planned(shapes, 'F32'), 'weight');
-  tensors(FILES.training.m, planned(shapes, 'F32'), 'm');
-  tensors(FILES.training.v, planned(shapes, 'F32'), 'v');
-  const state: TrainingState = { version: 1, step: source.step, precision: source.precision, run: source.runInfo };
-  json(FILES.state, state);
+  if (withTraining) {
+    onFile(directory, () => mkdirSync(join(directory, 'training')));
+    if (dtype !== 'F32') tensors(FILES.training.weight, planned(shapes, 'F32'), 'weight');
+    tensors(FILES.training.m, planned(shapes, 'F32'), 'm');
+    tensors(FILES.training.v, planned(shapes, 'F32'), 'v');
+    const state: TrainingState = { version: 1, step: source.step, precision: source.precision, run: source.runInfo };
+    json(FILES.state, state);
+    syncDirectory(join(directory, 'training'));
+  }
   writeSmall(join(directory, MANIFEST), encodeJson(manifest.manifest()));
-  syncDirectory(join(directory, 'training'));
   syncDirectory(directory);
   return manifest.bytes;
 }
@@ -147,12 +156,12 @@ async function place(temporary: string, directory: string): Promise<void> {
 /**
  * Writes version `source.step` as `directory`, complete or not at all. The same checkpoint, written before, stays; a damaged
  * or other one of that name is replaced. Returns its bytes. Throws DISK_FULL (the temporary is removed), FILE_NOT_FOUND
- * for a tokenizer that is not there, and what `source.read` throws. `shardBytes`: most bytes of one file of weights.
+ * for a tokenizer that is not there, and what `source.read` throws.
  */
 export async function writeCheckpoint(
   directory: string,
   source: CheckpointSource,
-  { shardBytes = SHARD_BYTES }: { shardBytes?: number } = {},
+  { shardBytes = SHARD_BYTES, withTraining = true }: WriteOptions = {},
 ): Promise<{ bytes: number }> {
   const parent = dirname(directory);
   onFile(parent, () => mkdirSync(parent, { recursive: true }));
@@ -160,7 +169,7 @@ export async function writeCheckpoint(
   const temporary = temporaryName(directory);
   try {
     onFile(directory, () => mkdirSync(temporary));
-    const bytes = fillDirectory(temporary, source, shardBytes);
+    const bytes = fillDirectory(temporary, source, { shardBytes, withTraining });
     await place(temporary, directory);
     return { bytes };
   } catch (error) {

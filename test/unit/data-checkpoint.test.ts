@@ -67,6 +67,16 @@ function expectContents(directory: string, step: number, precision: 'fp32' | 'bf
 describe('data: checkpoints', () => {
   const directory = temporaryDirectory();
 
+  it('leaves out what only training needs where that is wanted', async () => {
+    const place = directory.file('model-only');
+    await writeCheckpoint(place, source(3, { precision: 'bf16' }), { withTraining: false });
+    expect(readdirSync(place)).not.to.include('training');
+    const reader = CheckpointReader.open(place, { verify: true });
+    expect([reader.hasTraining, reader.step, reader.precision]).to.deep.equal([false, null, 'bf16']);
+    expectError(() => reader.readTraining('m', 'lm_head.weight', new Float32Array(1)), 'CHECKPOINT_INVALID', 'no optimizer state');
+    reader.close();
+  });
+
   it('gives back the same bits, in float32 and bf16, whole and sharded', async () => {
     const tokenizer = directory.file('some-tokenizer.json');
     writeFileSync(tokenizer, '{"model": 1}');

@@ -120,6 +120,22 @@ function assassin(supervisor: Supervisor, step: number | undefined): (event: Run
   };
 }
 
+/** The mean speed of all steps; a run's record has only that of the last ones. */
+class Speed {
+  #tokens = 0;
+  #milliseconds = 0;
+
+  count(event: RunEvent): void {
+    if (event.type !== 'step') return;
+    this.#tokens += event.report.targetTokens;
+    this.#milliseconds += event.report.milliseconds;
+  }
+
+  get tokensPerSecond(): number | null {
+    return this.#milliseconds === 0 ? null : this.#tokens / (this.#milliseconds / 1000);
+  }
+}
+
 /** On a Redis that is not ours, nothing of the demo may stay: it all lies under one prefix. */
 async function removePrefix(config: Config): Promise<void> {
   const redis = openRedis(config.redis.url, config, 'command');
@@ -165,7 +181,12 @@ async function demo(options: DemoOptions): Promise<void> {
     life.defer('client', () => client.close());
     const run = await life.until(client.train(spec));
     note(`training      preset demo, ${formatCount(options.steps)} steps of 2,048 tokens, ${options.workers} worker${options.workers === 1 ? '' : 's'}`);
-    const watch = assassin(supervisor, options.killWorkerAt);
+    const kill = assassin(supervisor, options.killWorkerAt);
+    const speed = new Speed();
+    const watch = (event: RunEvent): void => {
+      kill(event);
+      speed.count(event);
+    };
     await life.until(Promise.race([followRun(life, run.events(), { label: 'training', steps: options.steps, onEvent: watch }), failure]));
     const record = await life.until(run.wait());
     assert(record.checkpoint !== null, 'a completed run has a checkpoint');
@@ -178,7 +199,7 @@ async function demo(options: DemoOptions): Promise<void> {
       lastLoss: record.lastReport?.loss ?? null,
       validationLossBefore: record.validationBefore,
       validationLoss: record.validation?.loss ?? null,
-      tokensPerSecond: record.tokensPerSecond,
+      tokensPerSecond: speed.tokensPerSecond,
       checkpoint,
       weightsDigest: record.weightsDigest,
       sample: prompt + sample!.text,

@@ -29,9 +29,17 @@ template <typename T>
 __device__ Best block_argmax(const T *row, int V) {
   __shared__ Best shared[THREADS / 32];
   Best best = {0, 0x7fffffff};
-  for (int i = threadIdx.x; i < V; i += THREADS) {
-    Best candidate = {key_of(to_float(row[i])), i};
-    best = better(best, candidate);
+  const int N = 16 / sizeof(T);
+  const bool packs = V % N == 0 && ((uintptr_t)row & 15) == 0;
+  if (packs) {
+#pragma unroll 4
+    for (int i = threadIdx.x * N; i < V; i += THREADS * N) {
+      Pack<T, N> pack = load_pack<T, N>(row + i);
+#pragma unroll
+      for (int j = 0; j < N; j++) best = better(best, {key_of(to_float(pack.v[j])), i + j});
+    }
+  } else {
+    for (int i = threadIdx.x; i < V; i += THREADS) best = better(best, {key_of(to_float(row[i])), i});
   }
 #pragma unroll
   for (int s = 16; s > 0; s >>= 1) {

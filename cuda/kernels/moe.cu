@@ -37,6 +37,32 @@ __global__ void __launch_bounds__(1024)
     for (int b = threadIdx.x; b < experts; b += SORT_BLOCK) load[b] = offsets[b + 1] - offsets[b];
 }
 
+const int FEW_SLOTS = 256;
+
+/* All of nn_moe_permute for at most FEW_SLOTS slots: thread i counts the slots before slot i, and those before expert i. One block. */
+__global__ void __launch_bounds__(FEW_SLOTS)
+    permute_few_kernel(int32_t *offsets, int32_t *load, int32_t *slot_token, float *slot_weight, int32_t *slot_of, const int32_t *index,
+                       const float *weight, int slots, int experts, int K) {
+  __shared__ int4 keys[FEW_SLOTS / 4];
+  int i = threadIdx.x, mine = expert_of(index, i, slots, experts);
+  float w = i < slots ? weight[i] : 0.0f;
+  ((int *)keys)[i] = i < slots ? mine : 0x7fffffff; /* behind all */
+  __syncthreads();
+  int place = 0, start = 0, count = 0;
+  for (int j = 0; j < slots; j += 4) {
+    int4 four = keys[j / 4];
+    const int key[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int l = 0; l < 4; l++) {
+      place += key[l] < mine || (key[l] == mine && j + l < i);
+      start += key[l] < i, count += key[l] == i;
+    }
+  }
+  if (i < slots) slot_token[place] = i / K, slot_weight[place] = w, slot_of[i] = place;
+  if (i < experts) offsets[i] = start, load[i] = count;
+  if (i == 0) offsets[experts] = slots;
+}
+
 /* out [T, H]: N columns a thread, choices in their order. */
 template <typename T, int N>
 __global__ void combine_kernel(T *out, const T *base, const T *y, const float *weight, const int32_t *slot_of, int64_t tokens, int H, int K) {
@@ -88,6 +114,12 @@ nn_status nn_moe_permute(nn_context *context, int32_t *offsets, int32_t *load, i
     NN_CUDA(context, cudaMemsetAsync(offsets, 0, (E + 1) * 4, context->stream));
     NN_CUDA(context, cudaMemsetAsync(load, 0, E * 4, context->stream));
     return NN_OK;
+  }
+  if (slots <= FEW_SLOTS) { /* the block has a thread for each expert: SORT_BINS is no more */
+    int threads = (int)ceil_div(slots > E ? slots : E, 32) * 32;
+    permute_few_kernel<<<1, threads, 0, context->stream>>>(offsets, load, slot_token, slot_weight, slot_of, index, weight, (int)slots, (int)E,
+                                                           (int)K);
+    NN_LEAVE(context);
   }
   Scratch scratch(context);
   int32_t *histogram = scratch.take<int32_t>(blocks * E);

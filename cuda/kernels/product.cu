@@ -41,6 +41,10 @@ nn_status nn_run_product(nn_context *context, Product &p, const char *where) {
   if (p.m == 0 || p.n == 0 || p.groups == 0) return NN_OK;
   if (p.m > (1ll << 31) - 256 || p.n > (1ll << 31) - 256 || p.k > (1ll << 31) - 256)
     return nn_fail(context, NN_ERROR_UNSUPPORTED, "%s: a matrix has more than 2^31 rows or columns", where);
+  if (loads_whole_chunks(p)) {
+    nn_status status = nn_product_small(context, p);
+    if (status != NN_ERROR_UNSUPPORTED) return status == NN_OK ? nn_cuda_status(context, cudaGetLastError(), where) : status;
+  }
   int64_t tiles = ceil_div(p.m, 128) * ceil_div(p.n, 128);
   if (p.n <= 16) tiles = ceil_div(p.m, 64);
   if (p.m <= 16) tiles = ceil_div(p.n, 64);

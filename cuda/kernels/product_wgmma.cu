@@ -1,6 +1,7 @@
-/* product_wgmma.cu: the bf16 core for Hopper: wgmma fed by the copy engine, and by cp.async where rows are gathered. Persistent blocks
- * of three warpgroups: one loads, two multiply, each 64 rows of a tile of 128 rows by BN columns. While the multipliers finish a
- * tile, the loader is already stages ahead in the next.
+/* product_wgmma.cu: the bf16 core for Hopper: wgmma fed by the copy engine. Many gathered rows are packed in the workspace first
+ * (feeding them by cp.async costs a fifth of the speed); few are gathered by cp.async. Persistent blocks of three warpgroups: one
+ * loads, two multiply, each 64 rows of a tile of 128 rows by BN columns. While the multipliers finish a tile, the loader is already
+ * stages ahead in the next.
  *
  *   loader    wait empty[s] -> copy A and B of 64 depths into stage s -> full[s]
  *   multiplier    wait full[s] -> 4 x wgmma -> (one step later, when they are done) empty[s]
@@ -16,6 +17,7 @@
 const int BM = 128, BK = 64, A_BYTES = BM * BK * 2, THREADS = 384;
 const int PITCH = 144; /* bytes of a row of 64 bf16 in a warp's staging memory, padded against bank conflicts */
 const int STAGING_BYTES = 8 * 16 * PITCH;
+const int64_t PACK_ROWS = 2048; /* from so many gathered rows on they are packed before the product */
 
 enum Gather { GATHER_NONE, GATHER_A, GATHER_B };
 
@@ -121,7 +123,8 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &tile, float
 #pragma unroll
       for (int part = 0; part < BN / 64; part++)
         store_rows(staging, out + part * 64, p.ldc, rows, (int)p.n - tile.n0 - part * 64, [&](int j, int half) {
-          return pack_bf16(p.alpha * d[part * 32 + j * 4 + half * 2], p.alpha * d[part * 32 + j * 4 + half * 2 + 1]);
+          const int at = part * 32 + j * 4 + half * 2;
+          return pack_bf16(p.alpha * d[at], p.alpha * d[at + 1]);
         });
     } else {
       float *out = (float *)p.c + tile.group * p.c_stride + (row0 + (lane >> 2)) * p.ldc + tile.n0 + (lane & 3) * 2;
@@ -149,59 +152,68 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &tile, float
     const int left = (int)p.n - tile.n0;
 #pragma unroll
     for (int part = 0; part < BN / 128; part++) {
-      const int gate = part * 32, up = BN / 4 + part * 32;
+      const int gate = part * 32, up = BN / 4 + part * 32, columns = left - part * 64;
       if (p.c) {
         bf16 *out = (bf16 *)p.c + row0 * 2 * p.n + tile.n0 + part * 64;
-        store_rows(staging, out, 2 * p.n, rows, left - part * 64,
+        store_rows(staging, out, 2 * p.n, rows, columns,
                    [&](int j, int half) { return pack_bf16(d[gate + j * 4 + half * 2], d[gate + j * 4 + half * 2 + 1]); });
-        store_rows(staging, out + p.n, 2 * p.n, rows, left - part * 64,
+        store_rows(staging, out + p.n, 2 * p.n, rows, columns,
                    [&](int j, int half) { return pack_bf16(d[up + j * 4 + half * 2], d[up + j * 4 + half * 2 + 1]); });
       }
-      store_rows(staging, (bf16 *)p.h_out + row0 * p.n + tile.n0 + part * 64, p.n, rows, left - part * 64, [&](int j, int half) {
+      store_rows(staging, (bf16 *)p.h_out + row0 * p.n + tile.n0 + part * 64, p.n, rows, columns, [&](int j, int half) {
         const int g = gate + j * 4 + half * 2, u = up + j * 4 + half * 2;
         return pack_bf16(swiglu<bf16>(rounded<bf16>(d[g]), rounded<bf16>(d[u])), swiglu<bf16>(rounded<bf16>(d[g + 1]), rounded<bf16>(d[u + 1])));
       });
     }
   } else {
-    const int left = (int)p.n - tile.n0;
+    /* dh goes through the staging memory, 8 rows by 32 columns at a time, so that a lane has 8 neighbouring columns of one row:
+     * everything else is then loaded and stored in 16-byte pieces without any staging. */
+    constexpr int PITCH = 40; /* floats */
+    const int column = (lane & 3) * 8, left = (int)p.n - tile.n0 - column;
+    float *const put = (float *)staging + (lane >> 2) * PITCH + (lane & 3) * 2, *const get = (float *)staging + (lane >> 2) * PITCH + column;
+    const int64_t at = (row0 + (lane >> 2)) * 2 * p.n + tile.n0 + column, at_h = (row0 + (lane >> 2)) * p.n + tile.n0 + column;
     float dots[2] = {0.0f, 0.0f}, weight[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) weight[half] = (lane >> 2) + half * 8 < rows ? p.slot_weight[row0 + (lane >> 2) + half * 8] : 0.0f;
 #pragma unroll
-    for (int part = 0; part < BN / 64; part++) {
-      /* columns of this lane: part*64 + 8*j + 2*(lane%4); gate, up and h come as pairs, 8 rows by 16 bytes a load */
-      const int64_t at = (row0 + (lane >> 2)) * 2 * p.n + tile.n0 + part * 64 + (lane & 3) * 2;
-      const int64_t at_h = (row0 + (lane >> 2)) * p.n + tile.n0 + part * 64 + (lane & 3) * 2;
-      uint32_t gate[8][2], up[8][2], h[8][2];
+    for (int part = 0; part < BN / 32; part++) {
+      uint4 gates[2], ups[2], hs[2];
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          bool inside = (lane >> 2) + half * 8 < rows && part * 64 + j * 8 < left;
-          const bf16 *from = (const bf16 *)p.gate_up + at + half * 16 * p.n + j * 8;
-          gate[j][half] = inside ? *reinterpret_cast<const uint32_t *>(from) : 0;
-          up[j][half] = inside ? *reinterpret_cast<const uint32_t *>(from + p.n) : 0;
-          if (p.h) h[j][half] = inside ? *reinterpret_cast<const uint32_t *>((const bf16 *)p.h + at_h + half * 8 * p.n + j * 8) : 0;
+      for (int half = 0; half < 2; half++) {
+        const bf16 *from = (const bf16 *)p.gate_up + at + half * 16 * p.n + part * 32;
+        const bool inside = (lane >> 2) + half * 8 < rows && part * 32 < left;
+        gates[half] = ups[half] = hs[half] = make_uint4(0, 0, 0, 0);
+        if (inside) {
+          gates[half] = *reinterpret_cast<const uint4 *>(from), ups[half] = *reinterpret_cast<const uint4 *>(from + p.n);
+          if (p.h) hs[half] = *reinterpret_cast<const uint4 *>((const bf16 *)p.h + at_h + half * 8 * p.n + part * 32);
         }
+      }
 #pragma unroll
-      for (int half = 0; half < 2; half++)
+      for (int half = 0; half < 2; half++) {
+        __syncwarp();
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-          float2 g = unpack_bf16(gate[j][half]), u = unpack_bf16(up[j][half]);
-          uint32_t hp = p.h ? h[j][half] : pack_bf16(swiglu<bf16>(g.x, u.x), swiglu<bf16>(g.y, u.y));
-          float2 hv = unpack_bf16(hp);
-          float x = d[part * 32 + j * 4 + half * 2], y = d[part * 32 + j * 4 + half * 2 + 1];
-          dots[half] += x * hv.x + y * hv.y;
-          float sx = sigmoid<bf16>(g.x), sy = sigmoid<bf16>(g.y), wx = weight[half] * x, wy = weight[half] * y;
-          h[j][half] = pack_bf16(weight[half] * hv.x, weight[half] * hv.y);
-          gate[j][half] = pack_bf16(wx * u.x * silu_derivative(g.x, sx), wy * u.y * silu_derivative(g.y, sy));
-          up[j][half] = pack_bf16(wx * g.x * sx, wy * g.y * sy);
+        for (int j = 0; j < 4; j++)
+          *reinterpret_cast<float2 *>(put + j * 8) = make_float2(d[part * 16 + j * 4 + half * 2], d[part * 16 + j * 4 + half * 2 + 1]);
+        __syncwarp();
+        uint32_t gate[4] = {gates[half].x, gates[half].y, gates[half].z, gates[half].w};
+        uint32_t up[4] = {ups[half].x, ups[half].y, ups[half].z, ups[half].w}, h[4] = {hs[half].x, hs[half].y, hs[half].z, hs[half].w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const float2 dh = *reinterpret_cast<const float2 *>(get + j * 2), g = unpack_bf16(gate[j]), u = unpack_bf16(up[j]);
+          const float sx = sigmoid<bf16>(g.x), sy = sigmoid<bf16>(g.y), wx = weight[half] * dh.x, wy = weight[half] * dh.y;
+          const float2 hv = unpack_bf16(p.h ? h[j] : pack_bf16(swiglu<bf16>(g.x, u.x), swiglu<bf16>(g.y, u.y)));
+          dots[half] += dh.x * hv.x + dh.y * hv.y;
+          h[j] = pack_bf16(weight[half] * hv.x, weight[half] * hv.y);
+          gate[j] = pack_bf16(wx * u.x * silu_derivative(g.x, sx), wy * u.y * silu_derivative(g.y, sy));
+          up[j] = pack_bf16(wx * g.x * sx, wy * g.y * sy);
         }
-      bf16 *out = (bf16 *)p.c + row0 * 2 * p.n + tile.n0 + part * 64;
-      store_rows(staging, out, 2 * p.n, rows, left - part * 64, [&](int j, int half) { return gate[j][half]; });
-      store_rows(staging, out + p.n, 2 * p.n, rows, left - part * 64, [&](int j, int half) { return up[j][half]; });
-      store_rows(staging, (bf16 *)p.weighted_h + row0 * p.n + tile.n0 + part * 64, p.n, rows, left - part * 64,
-                 [&](int j, int half) { return h[j][half]; });
+        if ((lane >> 2) + half * 8 < rows && part * 32 < left) {
+          bf16 *out = (bf16 *)p.c + at + half * 16 * p.n + part * 32;
+          *reinterpret_cast<uint4 *>(out) = make_uint4(gate[0], gate[1], gate[2], gate[3]);
+          *reinterpret_cast<uint4 *>(out + p.n) = make_uint4(up[0], up[1], up[2], up[3]);
+          *reinterpret_cast<uint4 *>((bf16 *)p.weighted_h + at_h + half * 8 * p.n + part * 32) = make_uint4(h[0], h[1], h[2], h[3]);
+        }
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -213,13 +225,56 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &tile, float
   }
 }
 
+/* find_tile for rising numbers: goes on from the group of the tile before. */
+template <int BM, int BN>
+struct Walk {
+  int group = -1, past = 0, tiles = 0, first = 0, last = 0;
+  __device__ __forceinline__ bool find(const Product &p, int64_t index, Tile &tile) {
+    if (p.grouping != GROUP_ROWS) return find_tile<BM, BN>(p, index, tile);
+    const int n_tiles = (int)((p.n + BN - 1) / BN);
+    while ((int)index - past >= tiles) {
+      if (++group >= p.groups) return false;
+      first = p.offsets[group], last = p.offsets[group + 1];
+      past += tiles, tiles = (last - first + BM - 1) / BM * n_tiles;
+    }
+    const int at = (int)index - past, m_tiles = tiles / n_tiles;
+    const int slow = at / (p.m_fastest ? m_tiles : n_tiles), fast = at - slow * (p.m_fastest ? m_tiles : n_tiles);
+    tile.group = group, tile.k0 = 0, tile.k_end = p.k, tile.m_end = last;
+    tile.m0 = first + (int64_t)(p.m_fastest ? fast : slow) * BM, tile.n0 = (p.m_fastest ? slow : fast) * BN;
+    return true;
+  }
+};
+
 #endif /* NN_HOPPER */
 
-/* ---- kernel -------------------------------------------------------------------------------------------------- */
+/* ---- kernels ------------------------------------------------------------------------------------------------- */
 
-template <int BN, int STAGES, int BLOCKS, bool AMN, bool BMN, int GATHER, int EPILOGUE>
-__global__ void __launch_bounds__(THREADS, BLOCKS)
-    wgmma_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, const __grid_constant__ Product p) {
+/* Where a group's rows begin in a packed operand of GROUP_DEPTH: whole steps, so that zeros mask the depths of the next group. */
+__device__ __forceinline__ int packed_start(const int32_t *offsets, int group) { return (offsets[group] + BK - 1) / BK * BK + BK * group; }
+
+/* packed [count, width] = the gathered rows in their order, a warp each; with offsets, group by group from packed_start, zeros between. */
+__global__ void __launch_bounds__(256)
+    pack_kernel(bf16 *packed, const bf16 *matrix, const int32_t *rows, const int32_t *offsets, int groups, int64_t count, int width, int64_t stride) {
+  const int64_t row = (int64_t)blockIdx.x * 8 + (threadIdx.x >> 5);
+  if (row >= count) return;
+  int64_t from = row;
+  if (offsets) {
+    int g = 0;
+    while (g + 1 < groups && row >= packed_start(offsets, g + 1)) g++;
+    from = offsets[g] + row - packed_start(offsets, g);
+    if (from >= offsets[g + 1]) from = -1;
+  }
+  const int64_t source = from >= 0 ? (int64_t)rows[from] * stride : 0;
+  for (int column = (threadIdx.x & 31) * 8; column < width; column += 256)
+    *reinterpret_cast<uint4 *>(packed + row * width + column) =
+        from >= 0 ? *reinterpret_cast<const uint4 *>(matrix + source + column) : make_uint4(0, 0, 0, 0);
+}
+
+template <int BN, int STAGES, bool AMN, bool BMN, int GATHER, int EPILOGUE>
+__global__ void __launch_bounds__(THREADS, 1)
+    wgmma_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+                 const __grid_constant__ CUtensorMap map_gate_up, const __grid_constant__ CUtensorMap map_h, int packed,
+                 const __grid_constant__ Product p) {
 #if NN_HOPPER
   constexpr int B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES, COLUMNS = EPILOGUE == SWIGLU ? BN / 2 : BN;
   extern __shared__ unsigned char memory[];
@@ -236,6 +291,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
   __syncthreads();
   const int group = threadIdx.x >> 7;
   Tile tile;
+  Walk<BM, COLUMNS> walk;
   if (group == 0) {
     registers_down<40>();
     if (GATHER == GATHER_NONE && threadIdx.x != 0) return;
@@ -246,18 +302,29 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (GATHER == GATHER_B) gatherer.start(p.b, p.b_rows, p.ldb);
     int stage = 0, late = 0, steps = 0;
     uint32_t phase = 1;
-    for (int64_t index = blockIdx.x; find_tile<BM, COLUMNS>(p, index, tile); index += gridDim.x) {
+    for (int64_t index = blockIdx.x; walk.find(p, index, tile); index += gridDim.x) {
       const int group_a = p.grouping == WHOLE ? tile.group : 0, group_b = p.grouping == WHOLE || p.grouping == GROUP_ROWS ? tile.group : 0;
       if (GATHER == GATHER_A) gatherer.tile(tile.m0, tile.m_end, tile.k0, tile.k_end);
       if (GATHER == GATHER_B) gatherer.tile(tile.n0, p.n, tile.k0, tile.k_end);
+      const int shift = packed ? packed_start(p.offsets, tile.group) - (int)tile.k0 : 0;
+      const int shift_a = packed == GATHER_A ? shift : 0, shift_b = packed == GATHER_B ? shift : 0;
+      if (EPILOGUE == SWIGLU_BACKWARD && threadIdx.x == 0) { /* what the epilogue will read comes into the L2 cache meanwhile */
+#pragma unroll
+        for (int column = 0; column < BN; column += 64) {
+          tensor_prefetch(&map_gate_up, tile.n0 + column, (int)tile.m0, 0);
+          tensor_prefetch(&map_gate_up, (int)p.n + tile.n0 + column, (int)tile.m0, 0);
+          if (p.h) tensor_prefetch(&map_h, tile.n0 + column, (int)tile.m0, 0);
+        }
+      }
       for (int64_t k = tile.k0; k < tile.k_end; k += BK) {
         const uint32_t stage_a = shared + stage * STAGE_BYTES, stage_b = stage_a + A_BYTES;
         barrier_wait(empty + 8 * stage, phase);
         if (threadIdx.x == 0) {
           barrier_expect(full + 8 * stage, COPIED);
-          if (GATHER != GATHER_A) copy_operand<AMN, BM>(stage_a, &map_a, full + 8 * stage, (int)tile.m0, -1, (int)k, group_a);
+          if (GATHER != GATHER_A) copy_operand<AMN, BM>(stage_a, &map_a, full + 8 * stage, (int)tile.m0, -1, (int)k + shift_a, group_a);
           if (GATHER != GATHER_B)
-            copy_operand<BMN, BN>(stage_b, &map_b, full + 8 * stage, tile.n0, EPILOGUE == SWIGLU ? (int)p.n + tile.n0 : -1, (int)k, group_b);
+            copy_operand<BMN, BN>(stage_b, &map_b, full + 8 * stage, tile.n0, EPILOGUE == SWIGLU ? (int)p.n + tile.n0 : -1,
+                                  (int)k + shift_b, group_b);
         }
         if (GATHER != GATHER_NONE) {
           gatherer.copy(GATHER == GATHER_A ? stage_a : stage_b, k, tile.k_end);
@@ -288,7 +355,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     int stage = 0;
     uint32_t phase = 0;
     float d[BN / 2];
-    for (int64_t index = blockIdx.x; find_tile<BM, COLUMNS>(p, index, tile); index += gridDim.x) {
+    for (int64_t index = blockIdx.x; walk.find(p, index, tile); index += gridDim.x) {
       if (tile.k0 >= tile.k_end && p.grouping == GROUP_DEPTH && p.beta == 1.0f) continue;
       int before = -1;
       for (int64_t k = tile.k0; k < tile.k_end; k += BK) {
@@ -343,42 +410,70 @@ bool nn_tensor_map(CUtensorMap *map, const void *matrix, int64_t columns, int64_
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-template <int BN, int STAGES, int BLOCKS, bool AMN, bool BMN, int GATHER, int EPILOGUE>
-static nn_status launch(nn_context *context, const Product &p) {
-  CUtensorMap map_a = {}, map_b = {};
+template <int BN, int STAGES, bool AMN, bool BMN, int GATHER, int EPILOGUE>
+static nn_status launch(nn_context *context, Product &p, int packed) {
+  CUtensorMap map_a = {}, map_b = {}, map_gate_up = {}, map_h = {};
+  if (EPILOGUE == SWIGLU_BACKWARD) {
+    p.dot_parts = (int)ceil_div(p.n, BN);
+    if (!nn_tensor_map(&map_gate_up, p.gate_up, 2 * p.n, p.m, 1, 2 * p.n, 0, BM) || (p.h && !nn_tensor_map(&map_h, p.h, p.n, p.m, 1, p.n, 0, BM)))
+      return NN_ERROR_UNSUPPORTED;
+  }
   const bool batch = p.grouping == WHOLE && p.groups > 1, weights = batch || p.grouping == GROUP_ROWS;
-  if (GATHER != GATHER_A && !nn_tensor_map(&map_a, p.a, AMN ? p.m : p.k, AMN ? p.k : p.m, batch ? p.groups : 1, p.lda, p.a_stride, AMN ? 64 : BM))
+  if (GATHER != GATHER_A && !nn_tensor_map(&map_a, p.a, AMN ? p.m : p.k, packed == GATHER_A ? p.a_row_count : AMN ? p.k : p.m, batch ? p.groups : 1, p.lda, p.a_stride, AMN ? 64 : BM))
     return NN_ERROR_UNSUPPORTED;
   const int64_t n = EPILOGUE == SWIGLU ? 2 * p.n : p.n;
-  if (GATHER != GATHER_B && !nn_tensor_map(&map_b, p.b, BMN ? n : p.k, BMN ? p.k : n, weights ? p.groups : 1, p.ldb, p.b_stride,
+  if (GATHER != GATHER_B && !nn_tensor_map(&map_b, p.b, BMN ? n : p.k, packed == GATHER_B ? p.b_row_count : BMN ? p.k : n, weights ? p.groups : 1, p.ldb, p.b_stride,
                                            BMN ? 64 : EPILOGUE == SWIGLU ? BN / 2 : BN))
     return NN_ERROR_UNSUPPORTED;
   const int bytes = shared_bytes(BN, STAGES);
-  auto kernel = wgmma_kernel<BN, STAGES, BLOCKS, AMN, BMN, GATHER, EPILOGUE>;
+  auto kernel = wgmma_kernel<BN, STAGES, AMN, BMN, GATHER, EPILOGUE>;
   NN_CUDA(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  int64_t tiles = most_tiles<BM, EPILOGUE == SWIGLU ? BN / 2 : BN>(p), most = (int64_t)context->multiprocessors * BLOCKS;
-  kernel<<<(unsigned)(tiles < most ? tiles : most), THREADS, bytes, context->stream>>>(map_a, map_b, p);
+  int64_t tiles = most_tiles<BM, EPILOGUE == SWIGLU ? BN / 2 : BN>(p), most = context->multiprocessors;
+  kernel<<<(unsigned)(tiles < most ? tiles : most), THREADS, bytes, context->stream>>>(map_a, map_b, map_gate_up, map_h, packed, p);
   return NN_OK;
 }
 
-#define LAUNCH(...) launch<256, 4, 1, __VA_ARGS__>(context, p)
+/* Packs the gathered rows into the workspace where they are many and it has room: to the same bits. p then gathers nothing; `packed` says which operand of GROUP_DEPTH is padded. */
+static void pack(nn_context *context, Product &p, int *packed) {
+  const bool depth = p.grouping == GROUP_DEPTH;
+  const int64_t slots = depth ? p.k : p.m, width = p.b_rows ? p.n : depth ? p.m : p.k;
+  if (slots < PACK_ROWS) return;
+  const int64_t count = depth ? ceil_div(slots, BK) * BK + (int64_t)BK * p.groups : slots;
+  Scratch scratch(context);
+  if (p.row_dots) scratch.take<float>(p.m * most_dot_parts(p.n)); /* the caller's, at the start of the workspace */
+  bf16 *rows = scratch.take<bf16>(count * width);
+  if (!scratch.fits()) return;
+  pack_kernel<<<(unsigned)ceil_div(count, 8), 256, 0, context->stream>>>(rows, (const bf16 *)(p.b_rows ? p.b : p.a), p.b_rows ? p.b_rows : p.a_rows,
+                                                                        depth ? p.offsets : NULL, p.groups, count, (int)width, p.b_rows ? p.ldb : p.lda);
+  if (depth) *packed = p.b_rows ? GATHER_B : GATHER_A;
+  if (p.b_rows)
+    p.b = rows, p.ldb = width, p.b_rows = NULL, p.b_row_count = count;
+  else
+    p.a = rows, p.lda = width, p.a_rows = NULL, p.a_row_count = count;
+}
+
+#define LAUNCH(...) launch<256, 4, __VA_ARGS__>(context, p, packed)
 
 /* NN_ERROR_UNSUPPORTED where this core cannot: product.cu then takes the mma.sync one. */
 nn_status nn_product_wgmma(nn_context *context, Product &p) {
   if (p.k < BK || p.n < 64 || p.n % 8 || p.ldc % 8 || p.c_stride % 8 || !aligned16(p.c)) return NN_ERROR_UNSUPPORTED;
   if (p.beta != 0.0f && p.out_dtype == NN_BF16) return NN_ERROR_UNSUPPORTED;
-  p.dot_parts = (int)ceil_div(p.n, 256);
+  int packed = GATHER_NONE;
   if (p.epilogue == SWIGLU) {
     if (p.a_mn || p.b_mn || !p.a_rows || !aligned16(p.h_out)) return NN_ERROR_UNSUPPORTED;
-    return LAUNCH(false, false, GATHER_A, SWIGLU);
+    pack(context, p, &packed);
+    return p.a_rows ? LAUNCH(false, false, GATHER_A, SWIGLU) : LAUNCH(false, false, GATHER_NONE, SWIGLU);
   }
   if (p.epilogue == SWIGLU_BACKWARD) {
-    if (p.a_mn || !p.b_mn || !p.a_rows || !aligned16(p.weighted_h)) return NN_ERROR_UNSUPPORTED;
-    return LAUNCH(false, true, GATHER_A, SWIGLU_BACKWARD);
+    if (p.a_mn || !p.b_mn || !p.a_rows || !aligned16(p.weighted_h) || !aligned16(p.gate_up) || !aligned16(p.h)) return NN_ERROR_UNSUPPORTED;
+    pack(context, p, &packed);
+    return p.a_rows ? LAUNCH(false, true, GATHER_A, SWIGLU_BACKWARD) : LAUNCH(false, true, GATHER_NONE, SWIGLU_BACKWARD);
   }
   if (p.grouping == GROUP_DEPTH) { /* the gathered operand's zeros mask the depths of the next group */
     if (!p.a_mn || !p.b_mn || (p.a_rows == NULL) == (p.b_rows == NULL)) return NN_ERROR_UNSUPPORTED;
-    return p.a_rows ? LAUNCH(true, true, GATHER_A, STORE) : LAUNCH(true, true, GATHER_B, STORE);
+    pack(context, p, &packed);
+    if (packed == GATHER_NONE) return p.a_rows ? LAUNCH(true, true, GATHER_A, STORE) : LAUNCH(true, true, GATHER_B, STORE);
+    return LAUNCH(true, true, GATHER_NONE, STORE);
   }
   if (p.a_rows || p.b_rows || (p.a_mn && !p.b_mn)) return NN_ERROR_UNSUPPORTED;
   if (p.a_mn) return LAUNCH(true, true, GATHER_NONE, STORE);

@@ -106,9 +106,13 @@ if (reason !== undefined) process.stderr.write(`skipped: ${COUNT} tests of train
   }
 
   it('follows the loss curve of the CPU within 1e-3 over 50 steps in float32, and begins with the same weights', () => {
+    // At 1e-3 a token near the border of two experts soon goes to the other one: AVX2 and AVX-512 are then 5.7e-3 apart on one CPU
+    // within 50 steps. At 3e-4 they are 2.6e-8 apart.
+    const gentle = { optimizer: { ...options.optimizer, learningRate: 3e-4 } };
     const cpu = Device.open({ library: 'cpu', index: 0, threads: 0 });
     try {
-      const [ours, reference] = [train(device), train(cpu)];
+      const [ours, reference] = [train(device, gentle), train(cpu, gentle)];
+      expect(reference.losses.at(-1)).to.be.below(reference.losses[0]! - 1);
       for (const [step, loss] of reference.losses.entries()) expect(ours.losses[step], `step ${step + 1}`).to.be.closeTo(loss, 1e-3);
       const digests = [device, cpu].map((each) => {
         const trainer = new Trainer(each, options);

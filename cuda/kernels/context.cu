@@ -39,7 +39,11 @@ static nn_status status_of(cudaError_t error) {
 
 static const char *advice_for(cudaError_t error) {
   switch (error) {
-    case cudaErrorInsufficientDriver: return " (install a newer NVIDIA driver: this library needs one for CUDA 13)";
+    case cudaErrorInsufficientDriver: { /* also what CUDA says where there is no driver; its version is then 0 */
+      int version = 0;
+      cudaDriverGetVersion(&version);
+      return version == 0 ? " (this machine has no NVIDIA driver)" : " (install a newer NVIDIA driver: this library needs one for CUDA 13)";
+    }
     case cudaErrorStubLibrary: return " (a stub of libcuda was loaded instead of the driver's)";
     case cudaErrorNoKernelImageForDevice: return " (this GPU is older than compute capability 8.0)";
     default: return "";

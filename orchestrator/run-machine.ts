@@ -8,7 +8,7 @@
  *   running    pause                       pausing    Control `stop`; a flow is given up (epoch + 1), other jobs end by themselves
  *   running    last digest reported        completed  finish
  *   running    never-failure, too many     failed     epoch + 1, Control `stop`, finish
- *   running    checkpoint meets DISK_FULL  paused     release the workers
+ *   running    checkpoint meets DISK_FULL  paused     the worker stays claimed, its replica is kept
  *   pausing    nothing under way           paused     after a checkpoint, if the version is nowhere else; release the workers
  *   pausing    resume                      running    Control `run` before the next job
  *   paused     resume                      running    epoch + 1, decide
@@ -316,7 +316,7 @@ class Machine {
     }
     if (error.code === 'DISK_FULL' && activity?.kind === 'checkpoint') {
       this.giveUp();
-      return this.pauseNow();
+      return this.pauseOnFullDisk();
     }
     if (error.code === 'BUG' || (ERROR_KINDS[error.code].recovery === 'never' && error.code !== 'CANCELLED')) return this.fail(error);
     if (error.code === 'GRADIENT_LOST' && ++this.state.losses > 1) this.distrustLog();
@@ -457,6 +457,11 @@ class Machine {
     const { home, version, checkpoints } = this.state;
     if (home !== null && version > (checkpoints.at(-1)?.step ?? 0)) return this.addCheckpoint(home);
     this.pauseNow();
+  }
+
+  /** Nothing is released: the version lies nowhere but in its worker, and `resume` tries the checkpoint again there. */
+  private pauseOnFullDisk(): void {
+    this.enter('paused');
   }
 
   private pauseNow(): void {

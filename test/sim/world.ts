@@ -43,7 +43,6 @@ interface SimWorker {
   alive: boolean;
   /** The orchestrator does not see its heartbeat, though it works on. */
   hidden: boolean;
-  draining: boolean;
   startedAtMs: number;
   replica: { step: number; state: number } | null;
   job: string | null;
@@ -100,14 +99,18 @@ export function chooseFaults(random: () => number): Faults {
 }
 
 const STEP_MS = 20;
-const STALL_MS = 1_500;
-/** Faults end here, so that every run can end. */
+/** As long as the lock of a job that its worker left lasts: the run must not wait for it. */
+const STALL_MS = 30_000;
+/** Undisturbed, with a worker to be had, a run may be without news no longer. */
+const RECOVERY_MS = 6_000;
+/** Faults end some time before this, so that every run can end; often early, so that what they broke is not hidden by the next. */
 const FAULTS_END_MS = 20_000;
 const GIVE_UP_MS = 200_000;
 
 export class World {
   readonly #random: () => number;
   readonly #faults: Faults;
+  readonly #faultsEndMs: number;
   readonly spec: RunSpec;
   readonly #settings: RunSettings;
   now = 0;
@@ -130,10 +133,15 @@ export class World {
   #wish: 'pause' | 'resume' | 'cancel' | null = null;
   readonly log: string[] = [];
   finished: RunRecord | null = null;
+  /** When something last went wrong, changed, or was put right. */
+  #disturbedMs = 0;
+  /** When the orchestrator last heard of work done in the current epoch. */
+  #newsMs = 0;
 
   constructor(seed: number, faults?: Faults) {
     this.#random = generator(seed);
     this.#faults = faults ?? chooseFaults(this.#random);
+    this.#faultsEndMs = 200 + this.#random() ** 2 * FAULTS_END_MS;
     const shards = 1 + this.#pick(4);
     this.spec = parseRunSpec({
       name: 'sim.1',
@@ -160,11 +168,24 @@ export class World {
   }
 
   #chance(probability: number): boolean {
-    return this.now < FAULTS_END_MS && this.#random() < probability;
+    return this.now < this.#faultsEndMs && this.#random() < probability;
   }
 
   #at(delayMs: number, act: () => void): void {
     this.#agenda.push({ at: this.now + Math.max(0, delayMs), order: this.#order++, act });
+  }
+
+  /** After a disturbance the run has RECOVERY_MS for its next news. */
+  #disturb(): void {
+    this.#disturbedMs = this.now;
+  }
+
+  #checkRecovery(): void {
+    const state = this.#state;
+    const usable = this.workers.some((worker) => worker.alive && !worker.hidden && (this.#claims.get(worker.id) ?? 'sim.1') === 'sim.1');
+    if (state === null || state.phase !== 'running' || !usable) return this.#disturb();
+    const sinceMs = this.now - Math.max(this.#disturbedMs, this.#newsMs);
+    assert(sinceMs < RECOVERY_MS, `nothing was done for ${sinceMs} ms: ${JSON.stringify({ activity: state.activity, epoch: state.epoch, version: state.version })}`);
   }
 
   #note(text: string): void {
@@ -200,13 +221,20 @@ export class World {
       else if (worker.alive && this.#chance(hide)) {
         worker.hidden = true;
         this.#note(`${worker.id} is not seen`);
-        this.#at(200 + this.#pick(3_000), () => void (worker.hidden = false));
+        this.#disturb();
+        this.#at(200 + this.#pick(3_000), () => {
+          worker.hidden = false;
+          this.#disturb();
+        });
       }
     }
     if (this.#state !== null && this.#chance(orchestratorCrash)) this.#crashOrchestrator();
-    if (this.#chance(0.02) && this.workers.length < 6) this.#join(`w${this.workers.length}`);
-    if (this.#chance(loseGradient)) this.#shards.clear();
-    if (this.#chance(loseGradient / 4)) this.#sums.clear();
+    if (this.#chance(0.02) && this.workers.length < 6) {
+      const joiner = this.#join(`w${this.workers.length}`);
+      if (this.#chance(5 * crash)) this.#at(this.#pick(100), () => joiner.alive && this.#crash(joiner));
+    }
+    if (this.#chance(loseGradient)) this.#lose(this.#shards);
+    if (this.#chance(loseGradient / 4)) this.#lose(this.#sums);
     if (this.#chance(0.02)) this.#otherRun();
     if (wishes && this.#chance(0.03)) {
       this.#wish = 'pause';
@@ -214,6 +242,11 @@ export class World {
     }
     if (cancel && this.#chance(0.02)) this.#wish = 'cancel';
     this.#at(50, () => this.#meddle());
+  }
+
+  #lose(gradients: { clear(): void }): void {
+    gradients.clear();
+    this.#disturb();
   }
 
   /** Another run takes a free worker for a while, and the replica on it. */
@@ -225,12 +258,15 @@ export class World {
     this.#at(this.#pick(3_000), () => this.#claims.get(worker.id) === 'other' && this.#claims.delete(worker.id));
   }
 
-  #join(id: string): void {
-    this.workers.push({ id, incarnation: 0, alive: true, hidden: false, draining: false, startedAtMs: this.now, replica: null, job: null });
+  #join(id: string): SimWorker {
+    const worker = { id, incarnation: 0, alive: true, hidden: false, startedAtMs: this.now, replica: null, job: null };
+    this.workers.push(worker);
+    return worker;
   }
 
   #crash(worker: SimWorker): void {
     this.#note(`${worker.id} crashes`);
+    this.#disturb();
     worker.alive = false;
     const held = worker.job === null ? undefined : this.#jobs.get(worker.job);
     worker.job = null;
@@ -239,10 +275,11 @@ export class World {
         if (held.state === 'active') held.state = 'waiting';
       });
     }
-    this.#at(50 + this.#pick(4_000), () => {
+    this.#at(50 + this.#random() ** 3 * 4_000, () => {
       worker.alive = true;
       worker.hidden = false;
       worker.incarnation++;
+      this.#disturb();
       worker.startedAtMs = this.now;
       worker.replica = null;
     });
@@ -250,9 +287,11 @@ export class World {
 
   #crashOrchestrator(): void {
     this.#note('the orchestrator crashes');
+    // A host takes all that runs on it along, and what restarts first finds the others gone, or new.
+    for (const worker of this.workers) if (worker.alive && this.#chance(0.2)) this.#at(this.#pick(2) * this.#pick(300), () => worker.alive && this.#crash(worker));
     this.#state = null;
     this.#generation++;
-    this.#at(this.#pick(3_000), () => this.#startOrchestrator());
+    this.#at(this.#random() ** 3 * 3_000, () => this.#startOrchestrator());
   }
 
   // --- Workers --------------------------------------------------------------------------------------------------------
@@ -402,12 +441,17 @@ export class World {
 
   /** A message to the orchestrator: late, twice, or not at all. */
   #send(event: { type: 'progress' | 'completed' | 'failed'; id: string; data?: unknown; result?: unknown; error?: ErrorRecord }): void {
-    const copies = this.#chance(this.#faults.drop) ? 0 : this.#chance(this.#faults.double) ? 2 : 1;
+    const copies = this.#chance(this.#faults.drop) ? this.#dropped() : this.#chance(this.#faults.double) ? 2 : 1;
     const { slowest } = this.#faults;
     for (let copy = 0; copy < copies; copy++) {
       const delay = copy === 0 ? this.#random() ** 4 * slowest : this.#random() * 10 * slowest;
       this.#at(delay, () => this.#hear(event as unknown as Heard));
     }
+  }
+
+  #dropped(): 0 {
+    this.#disturb();
+    return 0;
   }
 
   #views(): WorkerView[] {
@@ -421,6 +465,7 @@ export class World {
 
   #startOrchestrator(): void {
     this.#note('the orchestrator starts');
+    this.#disturb();
     const generation = ++this.#generation;
     const good = this.#checkpoints.filter((each) => !this.#damaged.has(each.directory) && each.step <= this.metrics.length);
     let logThrough = good.at(-1)?.step ?? 0;
@@ -452,12 +497,14 @@ export class World {
     const wish = this.#wish;
     if (wish !== null && wish !== before) this.#hear({ type: 'wish', wish });
     this.#hear({ type: 'tick' });
+    if (this.finished === null) this.#checkRecovery();
     if (this.#state !== null) this.#at(100, () => this.#look(generation, wish));
   }
 
   #hear(event: Heard): void {
     if (this.#state === null || this.finished !== null) return;
     const before = this.#state;
+    if ((event.type === 'progress' || event.type === 'completed') && parseJobId(event.id)!.epoch === before.epoch) this.#newsMs = this.now;
     const { state, effects } = applyEvent(before, { ...event, atMs: this.now });
     this.#state = state;
     this.#check(before, state);

@@ -1,0 +1,384 @@
+/**
+ * Rules of the run machine that a simulation meets too seldom to be trusted with: alarms, refusals, full disks, silence. Each
+ * drives the machine by hand, one event at a time, over the fewest steps that show the rule.
+ */
+import { expect } from 'chai';
+import type { ErrorCode } from '../../config/errors.ts';
+import type { Control } from '../../config/keys.ts';
+import type { Result, StepReport } from '../../config/messages.ts';
+import { parseRunSpec } from '../../config/run-spec.ts';
+import type { RunSpecInput } from '../../config/run-spec.ts';
+import type { WorkerView } from '../../orchestrator/plan.ts';
+import { step } from '../../orchestrator/run-machine.ts';
+import { initialState, parseJobId, queuedRecord } from '../../orchestrator/run-state.ts';
+import type { Effect, MachineEvent, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
+
+type Told = MachineEvent extends infer Event ? (Event extends MachineEvent ? Omit<Event, 'atMs'> : never) : never;
+
+const worker = (id: string, changes: Partial<WorkerView> = {}): WorkerView => ({
+  id, incarnation: `${id}-1`, precisions: ['fp32'], state: 'idle', replica: null, startedAtMs: 0, heldBy: null, ...changes,
+});
+const report = (at: number): StepReport => ({
+  step: at, loss: 1, auxLoss: [1], expertLoad: [[1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 1, skipped: false, milliseconds: 1,
+});
+const timings = { computeMs: 1, exchangeMs: 1, waitMs: 0 };
+const hex = (digit: string): string => digit.repeat(32);
+
+/** A machine with its hand on the table: every effect so far, the jobs last added, claims granted at once. */
+class Table {
+  state: RunState;
+  effects: Effect[] = [];
+  workers: WorkerView[];
+  now = 0;
+
+  /** With a `control`, as recovery finds it: the caller tells the rest, and `ready`. */
+  constructor(spec: Partial<RunSpecInput>, workers: string[], settings: Partial<RunSettings> = {}, control: Control | null = null) {
+    const batch = { shards: 2, sequences: 1, sequenceLength: 4 };
+    const checked = parseRunSpec({ name: 'r', model: 'tiny', data: { train: 't' }, steps: 9, batch, parallelism: workers.length, ...spec });
+    this.workers = workers.map((id) => worker(id));
+    this.state = initialState(
+      {
+        run: 'r', spec: checked, checkpointRoot: 'c', logSteps: 100, maxReplans: 3, stepsPerJob: 100, lookupMs: 300, jobTimeoutMs: 2_000,
+        backoffMs: 10, backoffMaximumMs: 10, ...settings,
+      },
+      { record: queuedRecord('r', checked, 0), control, counted: null, checkpoints: [], logThrough: 0 },
+    );
+    if (control !== null) return;
+    this.tell({ type: 'workers', workers: this.workers });
+    this.tell({ type: 'ready' });
+  }
+
+  tell(event: Told): this {
+    const next = step(this.state, { ...event, atMs: this.now });
+    this.state = next.state;
+    this.effects.push(...next.effects);
+    for (const effect of next.effects) {
+      if (effect.type !== 'claim') continue;
+      this.workers = this.workers.map((each) => (effect.workers.includes(each.id) ? { ...each, heldBy: 'r' } : each));
+      this.tell({ type: 'claimed', workers: this.workers });
+    }
+    return this;
+  }
+
+  /** Time passes, and the clock is heard. */
+  wait(milliseconds: number): this {
+    this.now += milliseconds;
+    return this.tell({ type: 'tick' });
+  }
+
+  get added(): NewJob[] {
+    return this.effects.flatMap((effect) => (effect.type === 'add' ? [effect.job] : effect.type === 'flow' ? [effect.parent, ...effect.children] : []));
+  }
+
+  last(name: NewJob['name']): NewJob {
+    const job = this.added.findLast((each) => each.name === name);
+    if (job === undefined) throw new Error(`no ${name} job was added`);
+    return job;
+  }
+
+  get faults(): (ErrorCode | 'BUG')[] {
+    return this.state.shown.faults.map((fault) => fault.error.code);
+  }
+
+  get counted(): number[] {
+    return this.effects.flatMap((effect) => (effect.type === 'metrics' && effect.line.type === 'step' ? [effect.line.report.step] : []));
+  }
+
+  fail(job: NewJob, code: ErrorCode): this {
+    return this.tell({ type: 'failed', id: job.id, error: { code, message: code, context: {} } });
+  }
+
+  /** Of the newest flow, unless `old` names the job. */
+  completeShard(shard: number, digest: string, by: string, old?: NewJob): this {
+    const job = old ?? this.added.findLast((each) => each.name === 'shard' && (each.data as { shard: number }).shard === shard)!;
+    const { epoch, step: at } = job.data as { epoch: number; step: number };
+    const result: Result<'shard'> = {
+      worker: by, epoch, step: at, shard, lossSum: 1, auxLossSum: [1], expertLoad: [[1]], targetTokens: 4, digest, key: 'k', bytes: 4, timings,
+    };
+    return this.tell({ type: 'completed', id: job.id, result });
+  }
+
+  completeReduce(by = this.workers[0]!.id): this {
+    const { id, data } = this.last('reduce');
+    const { epoch, step: at } = data as { epoch: number; step: number };
+    return this.tell({ type: 'completed', id, result: { worker: by, epoch, digest: hex('0'), key: 'k', bytes: 4, report: report(at), timings } });
+  }
+
+  completeSteps(done: number): this {
+    const { id, data, worker: by } = this.last('steps');
+    const { epoch, fromStep } = data as { epoch: number; fromStep: number };
+    const reports = Array.from({ length: done }, (_, index) => report(fromStep + 1 + index));
+    return this.tell({ type: 'completed', id, result: { worker: by, epoch, fromStep, stepsDone: done, reports, timings } });
+  }
+
+  completeDigest(job: NewJob, digest: string): this {
+    const { epoch, step: at } = job.data as { epoch: number; step: number };
+    return this.tell({ type: 'completed', id: job.id, result: { worker: job.worker!, epoch, step: at, digest, weightsDigest: null } });
+  }
+}
+
+describe('run machine: exactly once', () => {
+  it('late, doubled and old reports change nothing', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    const { id, data } = table.last('steps');
+    const { epoch } = data as { epoch: number };
+    const progress = (at: number, job = id): Table => table.tell({ type: 'progress', id: job, data: { worker: 'a', epoch, report: report(at) } });
+    for (const at of [1, 2, 2, 1, 4, 3, 3]) progress(at);
+    expect(table.counted).to.deep.equal([1, 2, 3, 4]);
+    progress(5, 'r.99.steps.0.0');
+    progress(5, 'other.0.steps.0.0');
+    expect(table.counted).to.deep.equal([1, 2, 3, 4]);
+    table.fail(table.last('steps'), 'TIMEOUT');
+    progress(5);
+    table.tell({ type: 'completed', id, result: {} });
+    expect(table.counted).to.deep.equal([1, 2, 3, 4]);
+    expect(table.state.epoch).to.be.above(epoch);
+  });
+
+  it('a second gradient of a shard that differs raises an alarm that names both workers', () => {
+    const table = new Table({}, ['a', 'b']);
+    const old = table.added.find((job) => job.name === 'shard')!;
+    table.completeShard(0, hex('1'), 'a').completeShard(0, hex('1'), 'b');
+    expect(table.faults).to.deep.equal([]);
+    table.fail(table.last('reduce'), 'GRADIENT_LOST');
+    table.completeShard(0, hex('2'), 'b');
+    expect(table.faults).to.deep.equal(['GRADIENT_LOST', 'REPLICA_DIVERGED']);
+    expect(table.state.shown.faults.at(-1)!.error.context).to.include({ step: 1, shard: 0, first: 'a', second: 'b' });
+    table.completeReduce().completeShard(0, hex('3'), 'a', old);
+    expect(table.faults.at(-1)).to.equal('REPLICA_DIVERGED');
+    expect(table.counted).to.deep.equal([1]);
+  });
+});
+
+describe('run machine: replicas that differ', () => {
+  const differing = (...digests: string[]): Table => {
+    const batch = { shards: 3, sequences: 1, sequenceLength: 4 };
+    const table = new Table({ batch, compareDigestsEvery: 1 }, ['a', 'b', 'c'].slice(0, digests.length));
+    table.completeReduce();
+    const jobs = table.added.filter((job) => job.name === 'digest');
+    expect(jobs.map((job) => job.worker)).to.have.members(table.workers.map(({ id }) => id));
+    for (const [index, job] of jobs.entries()) table.completeDigest(job, digests[index]!);
+    return table;
+  };
+
+  it('agree: the next step', () => {
+    const table = differing(hex('1'), hex('1'), hex('1'));
+    expect(table.faults).to.deep.equal([]);
+    expect(table.last('reduce').data).to.include({ step: 2 });
+  });
+
+  it('a minority is named, and its process not used again', () => {
+    const table = differing(hex('1'), hex('2'), hex('1'));
+    expect(table.faults).to.deep.equal(['REPLICA_DIVERGED']);
+    expect(table.state.shown.faults[0]!.error.message).to.include('worker b');
+    expect(table.last('reduce').data).to.include({ step: 2 });
+    expect(table.state.way!.workers).to.have.members(['a', 'c']);
+    table.workers = table.workers.map((each) => (each.id === 'b' ? worker('b', { incarnation: 'b-2' }) : each));
+    table.tell({ type: 'workers', workers: table.workers }).completeReduce();
+    expect(table.state.way!.workers).to.have.members(['a', 'b', 'c']);
+  });
+
+  it('without a majority all begin again at the checkpoint, here the beginning', () => {
+    const table = differing(hex('1'), hex('2'));
+    expect(table.faults).to.deep.equal(['REPLICA_DIVERGED', 'REPLICA_DIVERGED']);
+    expect(table.last('reduce').data).to.include({ step: 1 });
+    expect(table.state.epoch).to.equal(1);
+  });
+});
+
+describe('run machine: failures', () => {
+  it('a retriable failure is planned again, later each time, and fails the run after maxReplans in a row', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    for (let plan = 0; plan < 3; plan++) {
+      table.fail(table.last('steps'), 'TIMEOUT');
+      expect(table.state.phase).to.equal('running');
+      table.wait(20);
+    }
+    expect(table.added.filter((job) => job.name === 'steps').length).to.equal(4);
+    table.fail(table.last('steps'), 'TIMEOUT');
+    expect(table.state.phase).to.equal('failed');
+    expect(table.state.shown.error).to.have.property('code', 'TIMEOUT');
+    expect(table.effects.at(-1)).to.deep.equal({ type: 'finish' });
+  });
+
+  it('a new step forgives what was before it', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    for (let plan = 0; plan < 10; plan++) {
+      const job = table.last('steps');
+      const { epoch, fromStep } = job.data as { epoch: number; fromStep: number };
+      if (plan < 8) table.tell({ type: 'progress', id: job.id, data: { worker: 'a', epoch, report: report(fromStep + 1) } });
+      table.fail(job, 'TIMEOUT').wait(20);
+    }
+    expect(table.state.phase).to.equal('running');
+  });
+
+  it('what no attempt cures, a bug, and a message that is none, fail the run at once', () => {
+    for (const code of ['DEVICE_MEMORY', 'TOKEN_FILE_INVALID'] as const) {
+      const refused = new Table({ parallelism: 1 }, ['a']);
+      refused.fail(refused.last('steps'), code);
+      expect(refused.state.phase).to.equal('failed');
+      expect(refused.state.shown.error).to.have.property('code', code);
+    }
+    const table = new Table({ parallelism: 1 }, ['a']);
+    table.tell({ type: 'completed', id: table.last('steps').id, result: { nonsense: true } });
+    expect(table.state.shown.error).to.have.property('code', 'MESSAGE_INVALID');
+  });
+
+  it('a gradient that stays lost sends the run back to its checkpoint', () => {
+    const table = new Table({}, ['a', 'b']);
+    table.completeReduce().completeReduce();
+    expect(table.last('reduce').data).to.include({ step: 3 });
+    table.fail(table.last('shard'), 'GRADIENT_LOST');
+    expect(table.last('reduce').data).to.include({ step: 3 });
+    table.fail(table.last('shard'), 'GRADIENT_LOST').wait(20);
+    expect(table.last('reduce').data).to.include({ step: 1 });
+    expect(table.state.step).to.equal(2);
+    for (let at = 1; at <= 3; at++) table.completeReduce();
+    expect(table.counted).to.deep.equal([1, 2, 3]);
+  });
+
+  it('a full disk keeps the old checkpoint and the replica, and pauses the run; resume tries again', () => {
+    const table = new Table({ parallelism: 1, checkpoint: { every: 3 } }, ['a']);
+    table.completeSteps(3).fail(table.last('checkpoint'), 'DISK_FULL');
+    expect(table.state).to.include({ phase: 'paused' });
+    expect(table.state.claims).to.deep.equal(['a']);
+    expect(table.faults).to.deep.equal(['DISK_FULL']);
+    const { id } = table.last('checkpoint');
+    table.tell({ type: 'wish', wish: 'resume' });
+    expect(table.state.phase).to.equal('running');
+    expect(table.last('checkpoint')).to.deep.include({ worker: 'a', name: 'checkpoint' });
+    expect(table.last('checkpoint').id).not.to.equal(id);
+    expect(table.last('checkpoint').data).to.include({ step: 3 });
+  });
+
+  it('a damaged checkpoint is named and the one before used', () => {
+    const table = new Table({ parallelism: 1, checkpoint: { every: 3 } }, ['a']);
+    for (const at of [3, 6]) {
+      table.completeSteps(3);
+      const { id, data } = table.last('checkpoint');
+      const { directory, epoch } = data as { directory: string; epoch: number };
+      table.tell({ type: 'completed', id, result: { worker: 'a', epoch, step: at, directory, bytes: 1, milliseconds: 1 } });
+    }
+    table.fail(table.last('steps'), 'CHECKPOINT_INVALID');
+    expect(table.effects.at(-1)).to.deep.equal({ type: 'findCheckpoints' });
+    const bad = { directory: 'c/step-6', error: { code: 'CHECKPOINT_INVALID', message: 'damaged', context: {} } } as const;
+    table.tell({ type: 'checkpoints', good: [{ directory: 'c/step-3', step: 3 }], bad: [bad] });
+    expect(table.last('steps').data).to.deep.include({ fromStep: 3, checkpoint: { directory: 'c/step-3', step: 3 } });
+    expect(table.state.step).to.equal(6);
+    expect(table.state.shown.faults.map((fault) => fault.what)).to.include('checkpoint c/step-6');
+  });
+});
+
+describe('run machine: who holds what', () => {
+  const seen = (table: Table, ...workers: WorkerView[]): Table => table.tell({ type: 'workers', workers: (table.workers = workers) });
+
+  it('whoever joins during a step may take its jobs, so its death is noticed too', () => {
+    const table = new Table({}, ['a', 'b']);
+    expect(table.last('reduce').worker).to.equal(null);
+    const [a, b] = table.workers;
+    seen(table, a!, b!, worker('c'));
+    expect(table.state.epoch).to.equal(0);
+    seen(table, a!, b!);
+    expect(table.faults).to.deep.equal(['WORKER_LOST']);
+    expect(table.last('reduce').data).to.include({ step: 1, epoch: 1 });
+  });
+
+  it('a worker of another run that reduced a step is no place for this run\'s checkpoint', () => {
+    const table = new Table({ checkpoint: { every: 1 } }, ['a', 'b']);
+    const [a, b] = table.workers;
+    seen(table, a!, b!, worker('c', { heldBy: 'other' })).completeReduce('c');
+    expect(table.last('checkpoint').worker).to.equal('a');
+  });
+
+  it('a worker that is ahead of what was counted is no home: the run goes back to what is shared', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    const { id } = table.last('steps');
+    for (const at of [1, 2, 4]) table.tell({ type: 'progress', id, data: { worker: 'a', epoch: 0, report: report(at) } });
+    table.fail(table.last('steps'), 'TIMEOUT');
+    expect(table.state.home).to.equal(null);
+    expect(table.last('steps').data).to.include({ fromStep: 0 });
+    table.completeSteps(9);
+    expect(table.counted).to.deep.equal([1, 2, 3, 4, 5, 6, 7, 8, 9]);
+  });
+
+  it('its only replica lost, the run falls back, and nothing of before has effect', () => {
+    const table = new Table({ parallelism: 1, checkpoint: { every: 3 } }, ['a', 'b']);
+    table.completeSteps(3);
+    const old = table.last('checkpoint');
+    seen(table, table.workers[1]!);
+    expect(table.last('steps')).to.include({ worker: 'b' });
+    expect(table.last('steps').data).to.include({ fromStep: 0 });
+    expect(parseJobId(table.last('steps').id)!.epoch).to.be.above(parseJobId(old.id)!.epoch);
+  });
+
+  it('a flow of an orchestrator that died is given up unless it ended; a job of a process that died is not waited for', () => {
+    const before = new Table({}, ['a', 'b']);
+    const address = ({ queue, worker: by, id }: NewJob): { queue: 'train' | 'eval'; worker: string | null; id: string } => ({ queue, worker: by, id });
+    const recovered = (table: Table, startedAtMs: number): Table => {
+      const after = new Table({ parallelism: table.state.settings.spec.parallelism }, ['a', 'b'], {}, { epoch: 0, command: 'run' });
+      after.workers = ['a', 'b'].map((id) => worker(id, { heldBy: 'r', startedAtMs }));
+      after.tell({ type: 'workers', workers: after.workers });
+      return after;
+    };
+    const flow = before.last('reduce');
+    const adopted = recovered(before, 0).tell({ type: 'adopt', job: address(flow), data: flow.data, processedAtMs: 5, finished: false, related: [] }).tell({ type: 'ready' });
+    expect(adopted.state.epoch).to.equal(1);
+    expect(adopted.last('reduce').data).to.include({ step: 1, epoch: 1 });
+    const alone = new Table({ parallelism: 1 }, ['a', 'b']);
+    const job = alone.last('steps');
+    for (const [startedAtMs, epoch] of [[3, 0], [7, 1]] as const) {
+      const table = recovered(alone, startedAtMs).tell({ type: 'adopt', job: address(job), data: job.data, processedAtMs: 5, finished: false, related: [] }).tell({ type: 'ready' });
+      expect(table.state.epoch, `worker started at ${startedAtMs}, job was taken at 5`).to.equal(epoch);
+    }
+  });
+});
+
+describe('run machine: silence', () => {
+  it('a job unheard of is looked up; a long silence is recorded once, and waited through', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    table.wait(200);
+    expect(table.effects.some((effect) => effect.type === 'lookup')).to.equal(false);
+    table.wait(200);
+    expect(table.effects.at(-1)).to.deep.equal({ type: 'lookup', jobs: [{ queue: 'train', worker: 'a', id: table.last('steps').id }] });
+    table.wait(2_000).wait(2_000);
+    expect(table.faults).to.deep.equal(['TIMEOUT']);
+    expect(table.state.phase).to.equal('running');
+  });
+
+  it('a job that Redis lost is planned again', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    const { id } = table.last('steps');
+    table.tell({ type: 'missing', id });
+    expect(table.last('steps').id).not.to.equal(id);
+  });
+
+  it('no worker is recorded once, with the reason', () => {
+    const table = new Table({ parallelism: 1 }, []);
+    table.wait(3_000).wait(3_000);
+    expect(table.faults).to.deep.equal(['NO_WORKER']);
+    expect(table.state.way!.reason).to.equal('waiting: no live worker');
+  });
+
+  it('a run that is over hears nothing any more', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    const job = table.last('steps');
+    table.tell({ type: 'wish', wish: 'cancel' });
+    const { length } = table.effects;
+    table.wait(5_000).fail(job, 'TIMEOUT').tell({ type: 'wish', wish: 'resume' });
+    expect(table.state.phase).to.equal('cancelled');
+    expect(table.effects.length).to.equal(length);
+  });
+});
+
+describe('run machine: the log of reduced gradients', () => {
+  it('is bounded: a checkpoint is brought forward, and what it covers is deleted', () => {
+    const table = new Table({}, ['a', 'b'], { logSteps: 2 });
+    table.completeReduce().completeReduce();
+    const { id, data } = table.last('checkpoint');
+    expect(data).to.include({ step: 2 });
+    const { epoch, directory } = data as { epoch: number; directory: string };
+    table.tell({ type: 'completed', id, result: { worker: 'a', epoch, step: 2, directory, bytes: 1, milliseconds: 1 } });
+    expect(table.effects).to.deep.include({ type: 'trim', from: 0, through: 2 });
+    expect(table.last('reduce').data).to.include({ step: 3 });
+  });
+});

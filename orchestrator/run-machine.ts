@@ -307,7 +307,7 @@ class Machine {
       return this.decide();
     }
     this.fault(`${this.activityName()} (${id})`, error);
-    if (error.code === 'CHECKPOINT_INVALID' && this.state.checkpoints.length > 0) {
+    if (this.blamesOwnCheckpoint(error)) {
       this.giveUp();
       this.state.home = null;
       this.state.activity = { kind: 'findCheckpoints' };
@@ -321,6 +321,14 @@ class Machine {
     if (error.code === 'BUG' || (ERROR_KINDS[error.code].recovery === 'never' && error.code !== 'CANCELLED')) return this.fail(error);
     if (error.code === 'GRADIENT_LOST' && ++this.state.losses > 1) this.distrustLog();
     this.replan(error);
+  }
+
+  /** Whether the failure is that of a checkpoint of this run, which has others or its seed; the one it began with has no other. */
+  private blamesOwnCheckpoint({ code, context }: ErrorRecord): boolean {
+    const { checkpointRoot, spec } = this.state.settings;
+    const path = typeof context['path'] === 'string' ? context['path'] : '';
+    if (code === 'FILE_NOT_FOUND') return path.startsWith(`${checkpointRoot}/`);
+    return code === 'CHECKPOINT_INVALID' && (spec.initialCheckpoint === undefined || !path.startsWith(spec.initialCheckpoint));
   }
 
   private hearMissing(id: string): void {

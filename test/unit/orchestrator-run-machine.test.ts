@@ -269,6 +269,27 @@ describe('run machine: failures', () => {
   });
 });
 
+describe('run machine: checkpoints that cannot be read', () => {
+  const failing = (code: ErrorCode, path: string, initialCheckpoint?: string): Table => {
+    const table = new Table({ parallelism: 1, ...(initialCheckpoint === undefined ? {} : { initialCheckpoint }) }, ['a']);
+    return table.tell({ type: 'failed', id: table.last('steps').id, error: { code, message: code, context: { path } } });
+  };
+
+  it('are looked for again when they are the run\'s own, also when none is known any more', () => {
+    for (const table of [failing('CHECKPOINT_INVALID', 'c/step-3'), failing('FILE_NOT_FOUND', 'c/step-3/config.json'), failing('CHECKPOINT_INVALID', 'c/step-3', '/base')]) {
+      expect(table.effects.at(-1)).to.deep.equal({ type: 'findCheckpoints' });
+      table.tell({ type: 'checkpoints', good: [], bad: [] });
+      expect(table.last('steps').data).to.deep.include({ fromStep: 0, checkpoint: null });
+    }
+  });
+
+  it('fail the run when it is the one that it began with, or no checkpoint at all', () => {
+    for (const table of [failing('CHECKPOINT_INVALID', '/base', '/base'), failing('FILE_NOT_FOUND', '/base/config.json', '/base'), failing('FILE_NOT_FOUND', '/data.tokens')]) {
+      expect(table.state.phase).to.equal('failed');
+    }
+  });
+});
+
 describe('run machine: who holds what', () => {
   const seen = (table: Table, ...workers: WorkerView[]): Table => table.tell({ type: 'workers', workers: (table.workers = workers) });
 
@@ -287,6 +308,7 @@ describe('run machine: who holds what', () => {
     const table = new Table({ checkpoint: { every: 1 } }, ['a', 'b']);
     const [a, b] = table.workers;
     seen(table, a!, b!, worker('c', { heldBy: 'other' })).completeReduce('c');
+    expect(table.state.home).to.equal(null);
     expect(table.last('checkpoint').worker).to.equal('a');
   });
 

@@ -164,8 +164,10 @@ describe('memory of a worker', function () {
         if (step % 50 === 0) samples.push({ step, bytes: residentBytes() });
       });
       expect(record.phase).to.equal('completed');
-      const early = samples.find(({ step }) => step >= 100)!.bytes;
-      const late = samples.at(-1)!.bytes;
+      // Single readings jump by what the garbage collector has just done.
+      const middle = (part: typeof samples): number => part.map(({ bytes }) => bytes).sort((a, b) => a - b)[Math.floor(part.length / 2)]!;
+      const early = middle(samples.filter(({ step }) => step >= 100 && step <= 200));
+      const late = middle(samples.slice(-3));
       expect(samples.at(-1)!.step).to.equal(1000);
       expect(late / early, `RSS ${early} -> ${late}`).to.be.below(1.05);
     } finally {

@@ -384,33 +384,48 @@ class Machine {
   }
 
   /**
-   * A job of the current epoch from before this orchestrator: it becomes the activity, as if it had just been added. A flow
-   * that has not ended is given up instead: nobody knows which of its workers still live, and what it published is found again.
+   * A job of the current epoch from before this orchestrator: it becomes the activity, as if it had just been added. What has
+   * not ended and cannot be taken up is given up: a flow, since nobody knows which of its workers still live (what it published
+   * is found again), a comparison of digests, and what does not fit the version.
    */
   private adopt({ job, data, processedAtMs, finished, related }: Extract<MachineEvent, { type: 'adopt' }>): void {
-    const state = this.state;
+    const { state } = this;
     const parts = parseJobId(job.id);
-    if (parts === null || parts.epoch !== state.epoch || parts.run !== state.settings.run) return;
+    if (parts === null || parts.epoch !== state.epoch || parts.run !== state.settings.run || parts.name === 'shard') return;
     // A worker that started after the job was taken is not the one that took it.
     const view = state.workers.find((worker) => worker.id === job.worker);
     const gone = view === undefined || (processedAtMs !== null && view.startedAtMs > processedAtMs);
-    const holder: Holder = { id: job.worker ?? '', incarnation: gone ? '' : view.incarnation };
-    if (parts.name === 'steps') {
-      const { fromStep, stepCount } = parseMessage('steps', data);
-      if (fromStep > state.step || fromStep + stepCount < state.step) return;
-      state.version = fromStep;
-      state.activity = { kind: 'steps', job, holder, fromStep, stepCount };
-    } else if (parts.name === 'reduce') {
-      const { step: at } = parseMessage('reduce', data);
-      if (at !== state.version + 1) return;
-      state.activity = { kind: 'flow', step: at, parent: job, children: related, holders: [] };
-      if (!finished) this.giveUp();
-    } else if (parts.name === 'checkpoint') {
-      const { step: at, directory } = parseMessage('checkpoint', data);
-      if (at === state.version) state.activity = { kind: 'checkpoint', job, holder, step: at, directory };
-    } else if (parts.name === 'eval') {
-      const { replica } = parseMessage('eval', data);
-      if (replica !== null && replica.step === state.version) state.activity = { kind: 'eval', job, holder, step: replica.step };
+    const activity = this.adoptable(parts.name, job, data, { id: job.worker ?? '', incarnation: gone ? '' : view.incarnation }, related);
+    if (activity !== null && (finished || activity.kind !== 'flow')) {
+      state.activity = activity;
+      if (activity.kind === 'steps') state.version = activity.fromStep;
+    } else if (!finished) {
+      this.effects.push({ type: 'remove', jobs: [job, ...related] });
+      this.giveUp();
+    }
+  }
+
+  /** The activity that a job found in Redis is, if the run as it stands could have it. */
+  private adoptable(name: NewJob['name'], job: JobAddress, data: unknown, holder: Holder, related: readonly JobAddress[]): Activity | null {
+    const { step: counted, version, checkpoints, lastEvalStep } = this.state;
+    switch (name) {
+      case 'steps': {
+        const { fromStep, stepCount } = parseMessage('steps', data);
+        return fromStep <= counted && fromStep + stepCount >= counted ? { kind: 'steps', job, holder, fromStep, stepCount } : null;
+      }
+      case 'reduce': {
+        const { step: at } = parseMessage('reduce', data);
+        return at === version + 1 ? { kind: 'flow', step: at, parent: job, children: related, holders: [] } : null;
+      }
+      case 'checkpoint': {
+        const { step: at, directory } = parseMessage('checkpoint', data);
+        return at === version && at > (checkpoints.at(-1)?.step ?? 0) ? { kind: 'checkpoint', job, holder, step: at, directory } : null;
+      }
+      case 'eval': {
+        const { replica } = parseMessage('eval', data);
+        return replica?.step === version && version > lastEvalStep ? { kind: 'eval', job, holder, step: version } : null;
+      }
+      case 'shard': case 'digest': return null;
     }
   }
 

@@ -58,6 +58,8 @@ interface SimJob extends NewJob {
   readonly parent: string | null;
 }
 
+const keyOf = ({ worker, id }: JobAddress): string => `${worker ?? ''}/${id}`;
+
 interface SimOrigin {
   readonly epoch: number;
   readonly step: number;
@@ -118,6 +120,7 @@ export class World {
   #agenda: { at: number; order: number; act: () => void }[] = [];
   readonly workers: SimWorker[] = [];
   readonly #claims = new Map<string, string>();
+  /** By queue and id, as BullMQ has them. */
   readonly #jobs = new Map<string, SimJob>();
   readonly #shards = new Map<string, { digest: string; from: number }>();
   readonly #sums = new Set<number>();
@@ -303,7 +306,7 @@ export class World {
         if (job.state !== 'waiting' || (job.worker !== null && job.worker !== worker.id) || !this.#ripe(job)) continue;
         job.state = 'active';
         job.processedAtMs = this.now;
-        worker.job = job.id;
+        worker.job = keyOf(job);
         this.#begin(worker, job);
         break;
       }
@@ -318,7 +321,7 @@ export class World {
   #begin(worker: SimWorker, job: SimJob): void {
     const { incarnation } = worker;
     const present = (act: () => void) => (): void => {
-      if (worker.alive && worker.incarnation === incarnation && worker.job === job.id) act();
+      if (worker.alive && worker.incarnation === incarnation && worker.job === keyOf(job)) act();
     };
     const end = (result: unknown): void => {
       worker.job = null;
@@ -538,10 +541,10 @@ export class World {
         for (const child of effect.children) this.#add(child, effect.parent.id);
         return;
       case 'remove':
-        for (const { id } of effect.jobs) if (this.#jobs.get(id)?.state !== 'active') this.#jobs.delete(id);
+        for (const job of effect.jobs) if (this.#jobs.get(keyOf(job))?.state !== 'active') this.#jobs.delete(keyOf(job));
         return;
       case 'lookup':
-        for (const { id } of effect.jobs) this.#at(1, () => this.#lookUp(id));
+        for (const job of effect.jobs) this.#at(1, () => this.#lookUp(job));
         return;
       case 'metrics':
         if (effect.line.type === 'eval') this.#lastEval = effect.line.step;
@@ -588,12 +591,13 @@ export class World {
     assert.equal(parseJobId(job.id)!.epoch, this.#control!.epoch, 'a job is of the epoch that the control tells');
     assert.equal(this.#control!.command, 'run', 'no job is added under a control that stops it');
     if (job.worker !== null) assert.equal(this.#claims.get(job.worker), 'sim.1', `${job.id} goes to a worker that this run holds`);
-    if (this.#jobs.has(job.id)) return;
-    this.#jobs.set(job.id, { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], parent });
+    if (this.#jobs.has(keyOf(job))) return;
+    this.#jobs.set(keyOf(job), { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], parent });
   }
 
-  #lookUp(id: string): void {
-    const job = this.#jobs.get(id);
+  #lookUp(address: JobAddress): void {
+    const { id } = address;
+    const job = this.#jobs.get(keyOf(address));
     if (job === undefined) this.#hear({ type: 'missing', id });
     else if (job.state === 'completed') this.#hear({ type: 'completed', id, result: job.result });
     else if (job.state === 'failed') this.#hear({ type: 'failed', id, error: job.error! });

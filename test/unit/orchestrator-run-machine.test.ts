@@ -10,8 +10,8 @@ import { parseRunSpec } from '../../config/run-spec.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import type { WorkerView } from '../../orchestrator/plan.ts';
 import { step } from '../../orchestrator/run-machine.ts';
-import { initialState, parseJobId, queuedRecord } from '../../orchestrator/run-state.ts';
-import type { Effect, MachineEvent, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
+import { initialState, jobId, parseJobId, queuedRecord } from '../../orchestrator/run-state.ts';
+import type { Effect, JobAddress, MachineEvent, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
 
 type Told = MachineEvent extends infer Event ? (Event extends MachineEvent ? Omit<Event, 'atMs'> : never) : never;
 
@@ -335,7 +335,7 @@ describe('run machine: who holds what', () => {
 
   it('a flow of an orchestrator that died is given up unless it ended; a job of a process that died is not waited for', () => {
     const before = new Table({}, ['a', 'b']);
-    const address = ({ queue, worker: by, id }: NewJob): { queue: 'train' | 'eval'; worker: string | null; id: string } => ({ queue, worker: by, id });
+    const address = ({ queue, worker: by, id }: NewJob): JobAddress => ({ queue, worker: by, id });
     const recovered = (table: Table, startedAtMs: number): Table => {
       const after = new Table({ parallelism: table.state.settings.spec.parallelism }, ['a', 'b'], {}, { epoch: 0, command: 'run' });
       after.workers = ['a', 'b'].map((id) => worker(id, { heldBy: 'r', startedAtMs }));
@@ -346,6 +346,11 @@ describe('run machine: who holds what', () => {
     const adopted = recovered(before, 0).tell({ type: 'adopt', job: address(flow), data: flow.data, processedAtMs: 5, finished: false, related: [] }).tell({ type: 'ready' });
     expect(adopted.state.epoch).to.equal(1);
     expect(adopted.last('reduce').data).to.include({ step: 1, epoch: 1 });
+    const comparison: JobAddress = { queue: 'train', worker: 'a', id: jobId('r', 0, 'digest', 0, 0) };
+    for (const [finished, epoch] of [[true, 0], [false, 1]] as const) {
+      const table = recovered(before, 0).tell({ type: 'adopt', job: comparison, data: {}, processedAtMs: 5, finished, related: [] });
+      expect(table.state.epoch).to.equal(epoch);
+    }
     const alone = new Table({ parallelism: 1 }, ['a', 'b']);
     const job = alone.last('steps');
     for (const [startedAtMs, epoch] of [[3, 0], [7, 1]] as const) {

@@ -34,7 +34,7 @@ function digestOfLast(world: World): string {
 }
 
 describe('sim: the run machine keeps its promises', function () {
-  this.timeout(120_000);
+  this.timeout(Math.max(120_000, 20 * SEEDS));
 
   it('in a calm world', () => {
     for (let seed = 1; seed <= 50; seed++) {

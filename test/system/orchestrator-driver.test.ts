@@ -206,6 +206,19 @@ describe('orchestrator: a run over real Redis', function () {
     for (const { run, spec } of runs) expectUndisturbed(spec, await run.wait());
   });
 
+  for (const [what, workers] of [['local', 1], ['flow', 2]] as const) {
+    it(`both Redis servers are killed and come back, the exchange empty (${what})`, async () => {
+      await cluster.orchestrate();
+      await Promise.all(['w1', 'w2'].slice(0, workers).map((id) => cluster.work(id, { shardMs: 5 })));
+      const { run, spec } = await train('outage', { steps: 40, parallelism: workers });
+      await stepReached(run, 12);
+      await cluster.redis.kill();
+      await cluster.redis.start();
+      expectUndisturbed(spec, await run.wait());
+      await expectClean('outage');
+    });
+  }
+
   it('two runs and one worker: one after the other', async () => {
     await cluster.orchestrate();
     await cluster.work('w1');

@@ -42,7 +42,7 @@ export function eventLine(event: RunEvent): string {
 /** What `note`s of a run look like on stderr. */
 function announce(event: RunEvent): void {
   if (event.type === 'step') {
-    if (event.report.skipped) note(paint('yellow', `step ${event.report.step} skipped: its gradient was not finite`, process.stderr));
+    if (event.report.skipped) note(paint('yellow', `step ${event.report.step} skipped: the gradient of ${event.report.nonFinite ?? 'a parameter'} was not finite`, process.stderr));
     return;
   }
   note(event.type === 'fault' ? paint('yellow', printable(eventLine(event)), process.stderr) : printable(eventLine(event)));

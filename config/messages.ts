@@ -85,6 +85,7 @@ const stepReport = z.strictObject({
   clipScale: measure,
   learningRate: z.number(),
   skipped: z.boolean(), // the gradient was not finite
+  nonFinite: z.string().nullable(), // of a skipped step: the first parameter, in the order of parameterShapes, whose gradient was not finite
   milliseconds: z.number(),
 });
 
@@ -98,6 +99,11 @@ const shardReport = z.strictObject({
 export const results = {
   /** progress of a `steps` job, one for each step */
   stepProgress: z.strictObject({ worker: z.string(), epoch: index, report: stepReport }),
+  /**
+   * progress of a `checkpoint` job, at most one: the state is copied, and the worker is free for the next job of the run while the
+   * files are written. A worker that has no memory for a copy sends none.
+   */
+  checkpointProgress: z.strictObject({ worker: z.string(), epoch: index, step: index, copied: z.literal(true) }),
   /** stepsDone < stepCount: stopped at a step boundary by pause, cancel or a change of the way. */
   steps: z.strictObject({ worker: z.string(), epoch: index, fromStep: index, stepsDone: index, reports: z.array(stepReport), timings }),
   shard: shardReport.extend({
@@ -107,7 +113,11 @@ export const results = {
     bytes: index,
     timings,
   }),
-  reduce: z.strictObject({ worker: z.string(), epoch: index, digest, key: z.string(), bytes: index, report: stepReport, timings }),
+  reduce: z.strictObject({
+    worker: z.string(), epoch: index, digest, key: z.string(), bytes: index, report: stepReport, timings,
+    shards: z.array(z.strictObject({ shard: index, worker: z.string(), epoch: index, digest })), // what was summed, in this order
+  }),
+  /** The checkpoint is complete on the disk. */
   checkpoint: z.strictObject({ worker: z.string(), epoch: index, step: index, directory: z.string(), bytes: index, milliseconds: z.number() }),
   digest: z.strictObject({ worker: z.string(), epoch: index, step: index, digest, weightsDigest: z.string().nullable() }),
   eval: z.strictObject({ worker: z.string(), step: index.nullable(), loss: measure, targetTokens: index, milliseconds: z.number() }),
@@ -146,6 +156,17 @@ export function parseResult<Name extends keyof typeof results>(name: Name, value
   return parse(results[name], `result of ${name}`, value) as Result<Name>;
 }
 
+/** How the process of a worker ended when nobody had asked it to: the evidence against the job that it held. */
+export interface ExitRecord {
+  /** Id of the job that it held, in whatever queue; null: none. */
+  readonly job: string | null;
+  readonly code: number | null;
+  readonly signal: string | null;
+  /** What it reported before its end, or what its supervisor has to say; the context's `stderr` holds the end of what it printed. */
+  readonly error: ErrorRecord | null;
+  readonly atMs: number;
+}
+
 /** What a live worker says of itself, every heartbeat, in the hash `workers` under its id. */
 export interface WorkerRecord {
   readonly id: string;
@@ -159,6 +180,8 @@ export interface WorkerRecord {
   readonly replica: { readonly run: string; readonly step: number } | null;
   readonly heartbeatAtMs: number;
   readonly startedAtMs: number;
+  /** How the process before this incarnation ended; null: as it was asked to, or there was none. */
+  readonly lastExit: ExitRecord | null;
 }
 
 export type RunPhase = 'queued' | 'running' | 'pausing' | 'paused' | 'completed' | 'failed' | 'cancelled';

@@ -14,6 +14,7 @@ export interface WorkerView {
   readonly state: WorkerRecord['state'];
   readonly replica: WorkerRecord['replica'];
   readonly startedAtMs: number;
+  readonly lastExit: WorkerRecord['lastExit'];
   /** The run that claims this worker; it serves no other until it is released. */
   readonly heldBy: string | null;
 }

@@ -130,6 +130,7 @@ export class WorkerWatch {
         state: record.state,
         replica: record.replica,
         startedAtMs: record.startedAtMs,
+        lastExit: record.lastExit ?? null,
         heldBy: this.#claims[record.id] ?? null,
       }));
     const signature = JSON.stringify(this.#views);

@@ -196,7 +196,8 @@ export class Replica {
     const outcome = this.#apply(step);
     watch.book('computeMs');
     const report = sumShards(step, shards, this.spec.batch.shards * this.spec.batch.microBatches, outcome, flowMilliseconds(shards, watch.totalMs));
-    const result: Result<'reduce'> = { worker: this.#worker, epoch, digest, key, bytes: length * 4, report, timings: watch.timings };
+    const summed = shards.map(({ shard, worker, epoch, digest }) => ({ shard, worker, epoch, digest }));
+    const result: Result<'reduce'> = { worker: this.#worker, epoch, digest, key, bytes: length * 4, report, timings: watch.timings, shards: summed };
     await this.#exchange.seal(key, JSON.stringify(result));
     await this.#exchange.remove(shardKeys, length);
     await this.#trimLog(step, length);

@@ -20,6 +20,8 @@ export interface StepNumbers {
   readonly clipScale: number;
   readonly learningRate: number;
   readonly skipped: boolean;
+  /** Name of the first parameter whose gradient was not finite. */
+  readonly nonFinite: string | null;
 }
 
 /** JSON has no NaN. */
@@ -58,6 +60,7 @@ export function sumShards(step: number, shards: readonly ShardReport[], microBat
     clipScale: finite(outcome.clipScale),
     learningRate: outcome.learningRate,
     skipped: outcome.skipped,
+    nonFinite: outcome.nonFinite,
     milliseconds,
   };
 }

@@ -298,6 +298,7 @@ export class Island {
       replica: this.#pool.replica,
       heartbeatAtMs: Date.now(),
       startedAtMs: this.#startedAtMs,
+      lastExit: null,
     };
     await this.#commands.hset(this.#names.workers, this.#options.id, JSON.stringify(record));
   }

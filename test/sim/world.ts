@@ -10,7 +10,7 @@ import assert from 'node:assert/strict';
 import type { ErrorRecord } from '../../config/errors.ts';
 import type { Control } from '../../config/keys.ts';
 import { TERMINAL_PHASES } from '../../config/messages.ts';
-import type { RunRecord, StepReport } from '../../config/messages.ts';
+import type { ExitRecord, Result, RunRecord, StepReport } from '../../config/messages.ts';
 import { parseRunSpec } from '../../config/run-spec.ts';
 import type { RunSpec } from '../../config/run-spec.ts';
 import type { CheckpointPlace, WorkerView } from '../../orchestrator/plan.ts';
@@ -46,6 +46,7 @@ interface SimWorker {
   startedAtMs: number;
   replica: { step: number; state: number } | null;
   job: string | null;
+  lastExit: ExitRecord | null;
 }
 
 interface SimJob extends NewJob {
@@ -122,7 +123,7 @@ export class World {
   readonly #claims = new Map<string, string>();
   /** By queue and id, as BullMQ has them. */
   readonly #jobs = new Map<string, SimJob>();
-  readonly #shards = new Map<string, { digest: string; from: number }>();
+  readonly #shards = new Map<string, { digest: string; from: number; worker: string; epoch: number }>();
   readonly #sums = new Set<number>();
   #checkpoints: CheckpointPlace[] = [];
   readonly #damaged = new Set<string>();
@@ -262,7 +263,7 @@ export class World {
   }
 
   #join(id: string): SimWorker {
-    const worker = { id, incarnation: 0, alive: true, hidden: false, startedAtMs: this.now, replica: null, job: null };
+    const worker = { id, incarnation: 0, alive: true, hidden: false, startedAtMs: this.now, replica: null, job: null, lastExit: null };
     this.workers.push(worker);
     return worker;
   }
@@ -273,6 +274,7 @@ export class World {
     worker.alive = false;
     const held = worker.job === null ? undefined : this.#jobs.get(worker.job);
     worker.job = null;
+    worker.lastExit = { job: held?.id ?? null, code: null, signal: 'SIGKILL', error: null, atMs: this.now };
     if (held !== undefined) {
       this.#at(STALL_MS, () => {
         if (held.state === 'active') held.state = 'waiting';
@@ -399,22 +401,24 @@ export class World {
           const digest = hex(state, data.shard);
           // Between the look at the control and the publication time passes: a late one still publishes the same bits.
           if (cancelled() && this.#random() < 0.7) return fail({ code: 'CANCELLED', message: 'old epoch', context: {} });
-          this.#shards.set(key, { digest, from: state });
+          this.#shards.set(key, { digest, from: state, worker: worker.id, epoch: data.epoch });
           end(result(digest));
         });
       }
       case 'reduce':
         return atVersion(data.step - 1, 2 + this.#pick(5), (state) => {
+          const shards: Result<'reduce'>['shards'] = [];
           for (let shard = 0; shard < data.shardCount; shard++) {
             const gradient = this.#shards.get(`${data.step}:${shard}`);
             if (gradient === undefined) return fail({ code: 'GRADIENT_LOST', message: `shard ${shard}`, context: {} });
             assert.equal(gradient.from, state, `shard ${shard} of step ${data.step} was computed on another version`);
+            shards.push({ shard, worker: gradient.worker, epoch: gradient.epoch, digest: gradient.digest });
           }
           if (cancelled() && this.#random() < 0.7) return fail({ code: 'CANCELLED', message: 'old epoch', context: {} });
           this.#sums.add(data.step);
           for (let shard = 0; shard < data.shardCount; shard++) this.#shards.delete(`${data.step}:${shard}`);
           worker.replica = { step: data.step, state: mix(state, data.step) };
-          end({ worker: worker.id, epoch: data.epoch, digest: hex(state, 99), key: `sum:${data.step}`, bytes: 10, report: this.#report(data.step, state), timings });
+          end({ worker: worker.id, epoch: data.epoch, digest: hex(state, 99), key: `sum:${data.step}`, bytes: 10, report: this.#report(data.step, state), timings, shards });
         });
       case 'checkpoint':
         return atVersion(data.step, 10 + this.#pick(30), (state) => {
@@ -437,7 +441,7 @@ export class World {
   }
 
   #report(step: number, state: number): StepReport {
-    return { step, loss: state, auxLoss: [1], expertLoad: [[1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 1, skipped: false, milliseconds: STEP_MS };
+    return { step, loss: state, auxLoss: [1], expertLoad: [[1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 1, skipped: false, nonFinite: null, milliseconds: STEP_MS };
   }
 
   // --- The orchestrator -----------------------------------------------------------------------------------------------
@@ -460,8 +464,8 @@ export class World {
   #views(): WorkerView[] {
     return this.workers
       .filter((worker) => worker.alive && !worker.hidden)
-      .map(({ id, incarnation, startedAtMs, replica, job }) => ({
-        id, incarnation: `${id}-${incarnation}`, precisions: ['fp32'], state: job === null ? 'idle' : 'busy', startedAtMs,
+      .map(({ id, incarnation, startedAtMs, replica, job, lastExit }) => ({
+        id, incarnation: `${id}-${incarnation}`, precisions: ['fp32'], state: job === null ? 'idle' : 'busy', startedAtMs, lastExit,
         replica: replica === null ? null : { run: 'sim.1', step: replica.step }, heldBy: this.#claims.get(id) ?? null,
       }));
   }

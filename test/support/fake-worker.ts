@@ -39,6 +39,7 @@ export function expectedReport(spec: RunSpec, step: number, stateBefore = stateA
     clipScale: 1,
     learningRate: 1e-3,
     skipped: false,
+    nonFinite: null,
     milliseconds: 1,
   };
 }
@@ -146,6 +147,7 @@ class Fake implements FakeWorker {
       replica: this.#replica === null ? null : { run: this.#replica.run, step: this.#replica.step },
       heartbeatAtMs: Date.now(),
       startedAtMs: this.#startedAtMs,
+      lastExit: null,
     };
     await this.#redis.hset(this.#names.workers, this.id, JSON.stringify(record)).catch(() => undefined);
   }
@@ -220,7 +222,7 @@ class Fake implements FakeWorker {
 
   #report(spec: RunSpec, step: number, state: string, milliseconds: number): StepReport {
     const report = { ...expectedReport(spec, step, state), milliseconds };
-    return this.#options.skips?.(step) === true ? { ...report, loss: null, gradientNorm: null, skipped: true } : report;
+    return this.#options.skips?.(step) === true ? { ...report, loss: null, gradientNorm: null, skipped: true, nonFinite: 'lm_head.weight' } : report;
   }
 
   async #compute(shards: number): Promise<void> {
@@ -280,6 +282,7 @@ class Fake implements FakeWorker {
     const result: Result<'reduce'> = {
       worker: this.id, epoch: message.epoch, digest: next, key, bytes: 1024,
       report: this.#report(spec, message.step, state, 1), timings: { computeMs: 1, exchangeMs: 0.1, waitMs: 0 },
+      shards: texts.map((text) => JSON.parse(text!) as Result<'shard'>).map(({ shard, worker, epoch, digest }) => ({ shard, worker, epoch, digest })),
     };
     this.#mustGoOn(message);
     if (this.#dead) return result;

@@ -91,7 +91,7 @@ describe('trainer', () => {
     for (let step = 1; step <= 10; step++) {
       trainer.beginStep();
       losses.push(trainer.accumulate(batch, scale).lossSum / 38);
-      expect(trainer.applyStep(step).skipped).to.equal(false);
+      expect(trainer.applyStep(step)).to.include({ skipped: false, nonFinite: null });
     }
     expect(losses[0]).to.be.within(3.9, 4.4);
     expect(losses.at(-1)).to.be.below(losses[0]! - 0.5);
@@ -214,10 +214,14 @@ describe('trainer', () => {
     const before = trainer.stateDigest();
     trainer.beginStep();
     trainer.accumulate(batchOf(1), scale);
-    trainer.addGradient(5, Float32Array.of(NaN));
+    const at = (name: string): number => trainer.parameters.find((parameter) => parameter.name === name)!.offset;
+    trainer.addGradient(at('lm_head.weight') + 7, Float32Array.of(NaN));
+    trainer.addGradient(at('model.layers.1.self_attn.k_proj.weight') + 3, Float32Array.of(-Infinity));
+    trainer.addGradient(at('model.layers.1.post_attention_layernorm.weight'), Float32Array.of(NaN));
     const outcome = trainer.applyStep(4);
     expect(outcome.skipped).to.equal(true);
     expect(outcome.gradientNorm).to.satisfy(Number.isNaN);
+    expect(outcome.nonFinite).to.equal('model.layers.1.self_attn.k_proj.weight');
     expect(trainer.stateDigest()).to.equal(before);
   });
 

@@ -14,7 +14,7 @@ import { parseJobId, jobId, queuedRecord } from '../../orchestrator/run-state.ts
 import { crc32c, maskedCrc, scalarEvent } from '../../orchestrator/tensorboard.ts';
 
 const report = (step: number, skipped = false): StepReport => ({
-  step, loss: skipped ? null : 8 / step, auxLoss: [1, 3], expertLoad: [[1], [1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 0.5, skipped, milliseconds: 2,
+  step, loss: skipped ? null : 8 / step, auxLoss: [1, 3], expertLoad: [[1], [1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 0.5, skipped, nonFinite: null, milliseconds: 2,
 });
 const line = (step: number, skipped = false) => ({ type: 'step', atMs: 1_000 * step, epoch: 0, tokensPerSecond: 10, report: report(step, skipped) }) as const;
 

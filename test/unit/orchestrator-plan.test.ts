@@ -9,7 +9,7 @@ import type { WayInput, WorkerView } from '../../orchestrator/plan.ts';
 const spec = (changes: Partial<RunSpecInput> = {}): RunSpec =>
   parseRunSpec({ name: 'r', model: 'tiny', data: { train: 't', validation: 'v' }, steps: 100, batch: { shards: 4, sequences: 1, sequenceLength: 8 }, ...changes });
 const worker = (id: string, changes: Partial<WorkerView> = {}): WorkerView => ({
-  id, incarnation: `${id}-1`, precisions: ['fp32'], state: 'idle', replica: null, startedAtMs: 0, heldBy: null, ...changes,
+  id, incarnation: `${id}-1`, precisions: ['fp32'], state: 'idle', replica: null, startedAtMs: 0, lastExit: null, heldBy: null, ...changes,
 });
 const way = (changes: Partial<WayInput> = {}): ReturnType<typeof chooseWay> =>
   chooseWay({

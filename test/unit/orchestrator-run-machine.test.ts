@@ -16,10 +16,10 @@ import type { Effect, JobAddress, MachineEvent, NewJob, RunSettings, RunState } 
 type Told = MachineEvent extends infer Event ? (Event extends MachineEvent ? Omit<Event, 'atMs'> : never) : never;
 
 const worker = (id: string, changes: Partial<WorkerView> = {}): WorkerView => ({
-  id, incarnation: `${id}-1`, precisions: ['fp32'], state: 'idle', replica: null, startedAtMs: 0, heldBy: null, ...changes,
+  id, incarnation: `${id}-1`, precisions: ['fp32'], state: 'idle', replica: null, startedAtMs: 0, lastExit: null, heldBy: null, ...changes,
 });
 const report = (at: number): StepReport => ({
-  step: at, loss: 1, auxLoss: [1], expertLoad: [[1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 1, skipped: false, milliseconds: 1,
+  step: at, loss: 1, auxLoss: [1], expertLoad: [[1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 1, skipped: false, nonFinite: null, milliseconds: 1,
 });
 const timings = { computeMs: 1, exchangeMs: 1, waitMs: 0 };
 const hex = (digit: string): string => digit.repeat(32);
@@ -100,8 +100,9 @@ class Table {
 
   completeReduce(by = this.workers[0]!.id): this {
     const { id, data } = this.last('reduce');
-    const { epoch, step: at } = data as { epoch: number; step: number };
-    return this.tell({ type: 'completed', id, result: { worker: by, epoch, digest: hex('0'), key: 'k', bytes: 4, report: report(at), timings } });
+    const { epoch, step: at, shardCount } = data as { epoch: number; step: number; shardCount: number };
+    const shards = Array.from({ length: shardCount }, (_, shard) => ({ shard, worker: by, epoch, digest: hex(String(shard)) }));
+    return this.tell({ type: 'completed', id, result: { worker: by, epoch, digest: hex('0'), key: 'k', bytes: 4, report: report(at), timings, shards } });
   }
 
   completeSteps(done: number): this {

@@ -10,7 +10,7 @@ import { flowMilliseconds, logLength, sumMicrobatches, sumShards } from '../../w
 import type { MicrobatchNumbers } from '../../workers/reports.ts';
 import { COMMANDS, Signals } from '../../workers/signals.ts';
 
-const outcome = { gradientNorm: 1.5, clipScale: 0.5, learningRate: 1e-3, skipped: false };
+const outcome = { gradientNorm: 1.5, clipScale: 0.5, learningRate: 1e-3, skipped: false, nonFinite: null };
 const microbatch = (lossSum: number): MicrobatchNumbers => ({ lossSum, targetTokens: 8, aux: [1.25, lossSum], expertLoad: [[1, 2], [3, 4]] });
 
 describe('reports of workers', () => {
@@ -33,7 +33,7 @@ describe('reports of workers', () => {
 
   it('say null for what is not finite, and for a step without targets', () => {
     const shards = [sumMicrobatches([microbatch(Number.NaN)]), sumMicrobatches([microbatch(1)])];
-    const report = sumShards(1, shards, 2, { ...outcome, gradientNorm: Number.POSITIVE_INFINITY, skipped: true }, 1);
+    const report = sumShards(1, shards, 2, { ...outcome, gradientNorm: Number.POSITIVE_INFINITY, skipped: true, nonFinite: 'lm_head.weight' }, 1);
     expect([report.loss, report.auxLoss[0], report.auxLoss[1], report.gradientNorm]).to.deep.equal([null, 1.25, null, null]);
     expect(sumShards(1, [sumMicrobatches([{ ...microbatch(0), targetTokens: 0 }])], 1, outcome, 1).loss).to.equal(null);
     parseResult('stepProgress', { worker: 'w', epoch: 0, report });

@@ -55,6 +55,8 @@ export interface StepOutcome {
   readonly learningRate: number;
   /** The gradient was not finite, so the weights stayed as they were. */
   readonly skipped: boolean;
+  /** Of a skipped step: the first parameter, in the order of parameterShapes, whose gradient has a NaN or an infinity. */
+  readonly nonFinite: string | null;
 }
 
 export type StateKind = 'weight' | 'm' | 'v';
@@ -241,7 +243,20 @@ export class Trainer {
     this.#update.run('update', () => this.#queueUpdate());
     this.#device.download(this.#controlHost, this.#control);
     const [gradientNorm, clipScale, skip] = this.#controlHost as unknown as [number, number, number];
-    return { gradientNorm, clipScale, learningRate: rate, skipped: skip !== 0 };
+    const skipped = skip !== 0;
+    return { gradientNorm, clipScale, learningRate: rate, skipped, nonFinite: skipped ? this.#firstNonFinite() : null };
+  }
+
+  /** A sum of float32 squares in float64 is finite exactly when every element is. Waits for the device once for each parameter. */
+  #firstNonFinite(): string | null {
+    const gradient = this.#arena.tensor('gradient');
+    const sum = new Float64Array(1);
+    for (const { name, offset, length } of this.parameters) {
+      this.#kernels.gradNorm(this.#sumOfSquares, slice(gradient, offset, length), length);
+      this.#device.download(sum, this.#sumOfSquares);
+      if (!Number.isFinite(sum[0]!)) return name;
+    }
+    return null;
   }
 
   /** Norm, clip and AdamW over all ranges; learning rate and step number lie on the device. */

@@ -15,6 +15,7 @@ import type { RunSpec } from '../config/run-spec.ts';
 import type { Config } from '../config/schema.ts';
 import { deleteCheckpoint, findCheckpoints } from './checkpoints.ts';
 import type { ExchangeKeys } from './exchange-keys.ts';
+import { History } from './history.ts';
 import { RunMetrics, claimDirectory } from './metrics.ts';
 import { gradientBytes } from './plan.ts';
 import type { JobEvent, Queues } from './queues.ts';
@@ -58,13 +59,15 @@ export class Driver {
   #spec!: RunSpec;
   #state!: RunState;
   #metrics!: RunMetrics;
+  #history!: History;
   readonly #effects: Effect[] = [];
   #pumping = false;
   #lastWish: Wish | null = null;
   #lastWord: RunEvent | null = null;
   #recordDirty = false;
   #recordWriting: Promise<void> | null = null;
-  #diskFull = false;
+  /** Files whose lines wait for room on the disk. */
+  readonly #diskFull = new Set<string>();
   readonly #ended: Promise<'done' | 'handover'>;
   #end!: (outcome: 'done' | 'handover') => void;
   #over = false;
@@ -132,6 +135,7 @@ export class Driver {
     claimDirectory(this.#directory, this.#spec);
     const [{ record }, control, found] = await Promise.all([store.read(this.#run), store.readControl(this.#run), findCheckpoints(this.#directory)]);
     this.#metrics = new RunMetrics(this.#directory, Date.now());
+    this.#history = new History(this.#directory, this.#token);
     const { counted } = this.#metrics;
     const reached = counted?.step ?? record.step;
     const checkpoints = found.good.filter((checkpoint) => checkpoint.step <= reached);
@@ -154,6 +158,8 @@ export class Driver {
       { record, control, counted, checkpoints, logThrough },
     );
     this.#logger.info({ phase: record.phase, step: this.#state.step, epoch: this.#state.epoch }, record.phase === 'queued' ? 'run begins' : 'run is taken up');
+    const { phase, epoch, step: at } = this.#state;
+    this.#append('history', () => this.#history.append({ type: 'taken', atMs: Date.now(), epoch, phase, step: at, checkpoint: newest }));
     queues.listen(this.#run, this.#hearJob);
     await watch.look();
     this.#hear({ type: 'workers', workers: watch.views });
@@ -274,14 +280,17 @@ export class Driver {
         return queues.addFlow(effect.parent, effect.children);
       case 'add':
         // What the checkpoint rests on must not be younger on the disk than the checkpoint.
-        if (effect.job.name === 'checkpoint') this.#syncMetrics();
+        if (effect.job.name === 'checkpoint') this.#syncFiles();
         return queues.add(effect.job);
       case 'control':
         // The end of a run deletes its control: that stops every job at once, and for good.
         if (TERMINAL_PHASES.includes(this.#state.phase)) return store.deleteControl(this.#run, this.#token);
         return store.writeControl(this.#run, this.#token, effect.control);
       case 'metrics':
-        this.#append(effect);
+        this.#append('metrics', () => this.#metrics.append(effect.line));
+        return null;
+      case 'history':
+        this.#append('history', () => this.#history.append(effect.event));
         return null;
       case 'publish':
         if (effect.event.type === 'phase') this.#logger.info(`run is ${effect.event.phase}`);
@@ -320,21 +329,23 @@ export class Driver {
     return store.writeRecord(this.#run, this.#token, recordOf(this.#state)).then(() => store.publish(this.#run, event));
   }
 
-  #append({ line }: Extract<Effect, { type: 'metrics' }>): void {
+  /** A disk that is full is a fault once; the lines wait in memory for room. */
+  #append(what: 'metrics' | 'history', append: () => void): void {
     try {
-      this.#metrics.append(line);
-      this.#diskFull = false;
+      append();
+      this.#diskFull.delete(what);
     } catch (error) {
       const full = (error as NnError).code === 'DISK_FULL';
       if (!full || (error as NnError).context['fatal'] === true) throw error;
-      if (!this.#diskFull) this.#hear({ type: 'fault', what: 'metrics', error: toErrorRecord(error) });
-      this.#diskFull = true;
+      if (!this.#diskFull.has(what)) this.#hear({ type: 'fault', what, error: toErrorRecord(error) });
+      this.#diskFull.add(what);
     }
   }
 
-  #syncMetrics(): void {
+  #syncFiles(): void {
     try {
       this.#metrics.sync();
+      this.#history.sync();
     } catch (error) {
       this.#hear({ type: 'fault', what: 'metrics', error: toErrorRecord(error) });
     }
@@ -381,7 +392,7 @@ export class Driver {
   async #finish(): Promise<void> {
     const { store, config } = this.#context;
     const completed = this.#state.phase === 'completed';
-    this.#syncMetrics();
+    this.#syncFiles();
     await this.#recordWriting;
     if (completed) await this.#cleanUp(ERASE_WAIT_MS);
     await store.close(this.#run, this.#token, recordOf(this.#state), this.#lastWord!);
@@ -407,6 +418,7 @@ export class Driver {
       await this.#context.store.writeRecord(this.#run, this.#token, recordOf(this.#state)).catch((error: unknown) => this.#logger.warn(toErrorRecord(error), 'record not written'));
     }
     this.#metrics.close();
+    this.#history?.close();
   }
 }
 

@@ -32,7 +32,7 @@ import { tokensPerStep } from '../config/run-spec.ts';
 import { checkpointDue, checkpointsToDelete, chooseWay, comparisonDue, evalDue, nextBoundary } from './plan.ts';
 import type { Way, WorkerView } from './plan.ts';
 import { jobId, parseJobId } from './run-state.ts';
-import type { Activity, Effect, Holder, JobAddress, MachineEvent, NewJob, RunState } from './run-state.ts';
+import type { Activity, Effect, HistoryEntry, Holder, JobAddress, MachineEvent, NewJob, RunState, StepSource } from './run-state.ts';
 
 type Draft = { -readonly [Key in keyof RunState]: RunState[Key] };
 type Of<Kind extends Activity['kind']> = Extract<Activity, { kind: Kind }>;
@@ -142,11 +142,11 @@ class Machine {
     const { activity } = this.state;
     if (activity?.kind !== 'steps' || activity.job.id !== id) return;
     this.guarded(`progress of ${id}`, () => {
-      const { report } = parseResult('stepProgress', data);
+      const { report, worker } = parseResult('stepProgress', data);
       if (report.step <= activity.fromStep || report.step > activity.fromStep + activity.stepCount) return;
       this.reach(report.step, activity.holder);
       this.measureCompute(report.milliseconds / this.state.settings.spec.batch.shards);
-      this.count(report);
+      this.count(report, alone(worker));
     });
   }
 
@@ -166,7 +166,7 @@ class Machine {
 
   private stepsCompleted(activity: Of<'steps'>, result: Result<'steps'>): void {
     const { settings } = this.state;
-    for (const report of result.reports) this.count(report);
+    for (const report of result.reports) this.count(report, alone(result.worker));
     if (this.over()) return;
     const reached = activity.fromStep + result.stepsDone;
     if (this.state.step < reached) return this.badResult(`${activity.job.id} tells of ${result.stepsDone} steps, but not of each`);
@@ -192,6 +192,10 @@ class Machine {
     this.measureCompute(result.timings.computeMs);
     this.measureExchange(result.bytes, result.timings.exchangeMs);
     const known = this.state.digests.get(result.step)?.get(result.shard);
+    if (known?.digest !== result.digest || known.worker !== result.worker) {
+      const { step: at, shard, worker, epoch, digest } = result;
+      this.note({ type: 'shard', step: at, shard, worker, reportEpoch: epoch, digest });
+    }
     if (known === undefined) {
       if (result.step <= this.state.step - DIGESTS_KEPT) return;
       const ofStep = new Map(this.state.digests.get(result.step)).set(result.shard, { digest: result.digest, worker: result.worker });
@@ -213,7 +217,7 @@ class Machine {
     const holder = this.holderOf(result.worker);
     if (this.state.sharedVersion === activity.step - 1) this.state.sharedVersion = activity.step;
     this.reach(activity.step, holder);
-    this.count(result.report);
+    this.count(result.report, { way: 'flow', worker: result.worker, digest: result.digest, shards: result.shards });
     if (this.over()) return;
     this.idle();
     this.decide();
@@ -228,6 +232,7 @@ class Machine {
     const old = checkpointsToDelete(state.settings.spec, checkpoints);
     state.checkpoints = checkpoints.filter((each) => !old.includes(each));
     state.sharedVersion = Math.max(state.sharedVersion, activity.step);
+    this.note({ type: 'checkpoint', step: activity.step, worker: result.worker });
     this.publish({ type: 'checkpoint', step: activity.step, directory: activity.directory, atMs: this.atMs });
     if (old.length > 0) this.effects.push({ type: 'deleteCheckpoints', directories: old.map(({ directory }) => directory) });
     if (activity.step > state.trimmedThrough) {
@@ -641,18 +646,19 @@ class Machine {
   }
 
   /** Appends the report if it is the next one, and those that waited for it; anything else changes nothing. */
-  private count(report: StepReport): void {
+  private count(report: StepReport, source: StepSource): void {
     const state = this.state;
     if (report.step <= state.step) return;
     if (report.step > state.step + 1) {
-      state.early = new Map(state.early).set(report.step, report);
+      state.early = new Map(state.early).set(report.step, { report, source });
       return;
     }
-    for (let next: StepReport | undefined = report; next !== undefined && !this.over(); next = state.early.get(state.step + 1)) this.append(next);
+    this.append(report, source);
+    for (let next = state.early.get(state.step + 1); next !== undefined && !this.over(); next = state.early.get(state.step + 1)) this.append(next.report, next.source);
     if (state.early.size > 0) state.early = new Map([...state.early].filter(([at]) => at > state.step));
   }
 
-  private append(report: StepReport): void {
+  private append(report: StepReport, source: StepSource): void {
     const state = this.state;
     const { shown, settings } = state;
     const elapsedMs = state.way?.exchange === 'redis' && state.lastStepAtMs !== null ? this.atMs - state.lastStepAtMs : report.milliseconds;
@@ -672,6 +678,7 @@ class Machine {
       skippedSteps: shown.skippedSteps + (report.skipped ? 1 : 0),
     };
     this.effects.push({ type: 'metrics', line: { type: 'step', atMs: this.atMs, epoch: state.epoch, tokensPerSecond, report } });
+    this.note({ type: 'step', step: report.step, ...source });
     this.publish({ type: 'step', report, tokensPerSecond, atMs: this.atMs });
     if (state.skippedInARow >= settings.spec.maxNonFiniteSteps) {
       const message = `${state.skippedInARow} steps in a row, up to step ${report.step}, had NaN or infinite gradients; lower the learning rate or look at the data`;
@@ -702,8 +709,11 @@ class Machine {
     return { queue: name === 'eval' ? 'eval' : 'train', worker, id: jobId(settings.run, epoch, name, at, part), name, data, priority: settings.spec.priority };
   }
 
-  private start(activity: Activity): void {
+  private start(activity: Of<'steps' | 'flow' | 'checkpoint' | 'eval' | 'digest'>): void {
     this.state.activity = activity;
+    const { version } = this.state;
+    const through = activity.kind === 'steps' ? version + activity.stepCount : activity.step;
+    this.note({ type: 'job', kind: activity.kind, from: version, through, workers: this.holders().map(({ id }) => id) });
     this.state.lastNewsMs = this.atMs;
     this.state.silenceRecorded = false;
   }
@@ -721,6 +731,7 @@ class Machine {
   private raiseEpoch(): void {
     this.state.epoch++;
     this.control(this.state.command);
+    this.note({ type: 'epoch' });
   }
 
   private control(command: RunState['command']): void {
@@ -737,7 +748,13 @@ class Machine {
 
   private enter(phase: RunPhase): void {
     this.state.phase = phase;
+    this.note({ type: 'phase', phase, weightsDigest: this.state.shown.weightsDigest });
     this.publish({ type: 'phase', phase, atMs: this.atMs });
+  }
+
+  /** A line of the history. What it tells of comes before it, so that a crash in between leaves a gap and never a claim. */
+  private note(entry: HistoryEntry): void {
+    this.effects.push({ type: 'history', event: { atMs: this.atMs, epoch: this.state.epoch, ...entry } });
   }
 
   private publish(event: RunEvent): void {
@@ -747,6 +764,7 @@ class Machine {
   private fault(what: string, error: ErrorRecord): void {
     const { shown } = this.state;
     this.state.shown = { ...shown, faults: [...shown.faults, { atMs: this.atMs, what, error }].slice(-FAULTS_KEPT) };
+    this.note({ type: 'fault', what, code: error.code });
     this.publish({ type: 'fault', what, error, atMs: this.atMs });
   }
 
@@ -797,4 +815,5 @@ class Machine {
   }
 }
 
+const alone = (worker: string): StepSource => ({ way: 'local', worker, digest: null, shards: null });
 const address = ({ queue, worker, id }: NewJob): JobAddress => ({ queue, worker, id });

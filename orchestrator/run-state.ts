@@ -83,6 +83,9 @@ export type Activity =
     }
   | { readonly kind: 'findCheckpoints' };
 
+/** How the report of a step came about: the part of its history that the report does not hold. */
+export type StepSource = Pick<Extract<HistoryEntry, { type: 'step' }>, 'way' | 'worker' | 'digest' | 'shards'>;
+
 export interface RunState {
   readonly settings: RunSettings;
   /** False until recovery has told everything; nothing is decided before. */
@@ -105,7 +108,7 @@ export interface RunState {
   readonly trimmedThrough: number;
   readonly activity: Activity | null;
   /** Reports that came before those of earlier steps. */
-  readonly early: ReadonlyMap<number, StepReport>;
+  readonly early: ReadonlyMap<number, { readonly report: StepReport; readonly source: StepSource }>;
   /** Digest of each shard's gradient, for the last few steps: step -> shard -> digest and who computed it. */
   readonly digests: ReadonlyMap<number, ReadonlyMap<number, { readonly digest: string; readonly worker: string }>>;
   readonly workers: readonly WorkerView[];
@@ -177,6 +180,25 @@ export type MetricsLine =
   | { readonly type: 'step'; readonly atMs: number; readonly epoch: number; readonly tokensPerSecond: number; readonly report: StepReport }
   | { readonly type: 'eval'; readonly atMs: number; readonly step: number; readonly loss: number | null };
 
+/** A gradient that went into a step's sum. */
+export type ShardInput = Result<'reduce'>['shards'][number];
+
+/** What happened to a run, as far as one must know it to say that nothing counted twice and nothing was left out. */
+export type HistoryEntry =
+  /** A step counted. `local`: all shards on one worker, whose gradients nobody else sees. */
+  | { readonly type: 'step'; readonly step: number; readonly way: 'local' | 'flow'; readonly worker: string; readonly digest: string | null; readonly shards: readonly ShardInput[] | null }
+  /** A shard's report was heard; it may come late, or again, or of an epoch (`reportEpoch`) long over. */
+  | { readonly type: 'shard'; readonly step: number; readonly shard: number; readonly worker: string; readonly reportEpoch: number; readonly digest: string }
+  /** Jobs were decided on that begin at version `from` and end at `through`. */
+  | { readonly type: 'job'; readonly kind: Exclude<Activity['kind'], 'claim' | 'findCheckpoints'>; readonly from: number; readonly through: number; readonly workers: readonly string[] }
+  | { readonly type: 'epoch' }
+  | { readonly type: 'checkpoint'; readonly step: number; readonly worker: string }
+  | { readonly type: 'phase'; readonly phase: RunPhase; readonly weightsDigest: string | null }
+  | { readonly type: 'fault'; readonly what: string; readonly code: ErrorRecord['code'] };
+
+/** One line of history.jsonl, but for the driver that wrote it. `epoch` is that of the run. */
+export type HistoryEvent = { readonly atMs: number; readonly epoch: number } & HistoryEntry;
+
 /** All that a machine may ask for, in order. */
 export type Effect =
   /** Must be in Redis before anything that follows. */
@@ -188,6 +210,8 @@ export type Effect =
   | { readonly type: 'remove'; readonly jobs: readonly JobAddress[] }
   | { readonly type: 'lookup'; readonly jobs: readonly JobAddress[] }
   | { readonly type: 'metrics'; readonly line: MetricsLine }
+  /** Follows the effect that it tells of. */
+  | { readonly type: 'history'; readonly event: HistoryEvent }
   | { readonly type: 'publish'; readonly event: RunEvent }
   /** Delete reduced gradients of steps after `from` up to `through`. */
   | { readonly type: 'trim'; readonly from: number; readonly through: number }

@@ -4,6 +4,7 @@
  * sets how many are tried.
  */
 import { expect } from 'chai';
+import { checkHistory } from '../support/history.ts';
 import { CALM, World, chainAt } from './world.ts';
 
 const SEEDS = Number(process.env['NN_SIM_SEEDS'] ?? 1_500);
@@ -20,6 +21,9 @@ function simulate(seed: number): World {
       expect(world.finished!.weightsDigest).to.equal(digestOfLast(world));
       expect(world.finished!.checkpoint?.step).to.equal(world.spec.steps);
     }
+    const { spec, history, metrics } = world;
+    const context = { steps: spec.steps, shards: spec.batch.shards, metrics: metrics.map(({ step }) => step) };
+    expect(checkHistory(history, context).violations.join('; ')).to.equal('');
     return world;
   } catch (error) {
     const log = ONLY === undefined ? '' : `\n${world.log.join('\n')}`;

@@ -13,6 +13,7 @@ import { TERMINAL_PHASES } from '../../config/messages.ts';
 import type { ExitRecord, Result, RunRecord, StepReport } from '../../config/messages.ts';
 import { parseRunSpec } from '../../config/run-spec.ts';
 import type { RunSpec } from '../../config/run-spec.ts';
+import type { HistoryLine } from '../../orchestrator/history.ts';
 import type { CheckpointPlace, WorkerView } from '../../orchestrator/plan.ts';
 import { step as applyEvent } from '../../orchestrator/run-machine.ts';
 import { initialState, parseJobId, queuedRecord, recordOf } from '../../orchestrator/run-state.ts';
@@ -131,6 +132,8 @@ export class World {
   #record: RunRecord;
   /** What metrics.jsonl holds. */
   readonly metrics: StepReport[] = [];
+  /** What history.jsonl holds. */
+  readonly history: HistoryLine[] = [];
   #lastEval = -1;
   #state: RunState | null = null;
   #generation = 0;
@@ -479,6 +482,8 @@ export class World {
     while (logThrough < this.metrics.length && this.#sums.has(logThrough + 1)) logThrough++;
     const counted = this.metrics.length === 0 ? null : { step: this.metrics.length, lastReport: this.metrics.at(-1)!, skippedInARow: 0, lastEvalStep: this.#lastEval };
     this.#state = initialState(this.#settings, { record: this.#record, control: this.#control, counted, checkpoints: good, logThrough });
+    const { phase, epoch, step } = this.#state;
+    this.history.push({ driver: `d${generation}`, type: 'taken', atMs: this.now, epoch, phase, step, checkpoint: good.at(-1)?.step ?? 0 });
     this.#hear({ type: 'workers', workers: this.#views() });
     if (this.#control !== null) this.#adopt();
     if (this.#generation === generation) this.#hear({ type: 'ready' });
@@ -558,6 +563,9 @@ export class World {
           assert.equal(report.loss, chainAt(report.step - 1), `step ${report.step} was computed on another version`);
           this.metrics.push(report);
         }
+        return;
+      case 'history':
+        this.history.push({ driver: `d${this.#generation}`, ...effect.event });
         return;
       case 'claim':
         for (const id of effect.workers) if (!this.#claims.has(id)) this.#claims.set(id, 'sim.1');

@@ -12,6 +12,7 @@ import type { StepLine } from '../../orchestrator/metrics.ts';
 import type { Run } from '../../orchestrator/client.ts';
 import { FakeCluster, until } from '../support/fake-cluster.ts';
 import { expectedReport, stateAt } from '../support/fake-worker.ts';
+import { checkRun } from '../support/history.ts';
 
 describe('orchestrator: a run over real Redis', function () {
   this.timeout(60_000);
@@ -35,6 +36,7 @@ describe('orchestrator: a run over real Redis', function () {
     expect(lines.map(({ step, loss }) => ({ step, loss }))).to.deep.equal(
       Array.from({ length: spec.steps }, (_, index) => ({ step: index + 1, loss: expectedReport(spec, index + 1).loss })),
     );
+    expect(checkRun(join(cluster.config.runs, spec.name), state + state).violations.join('\n')).to.equal('');
   };
 
   /** Redis holds of the run its record, and its events for a little while. */

@@ -1,6 +1,8 @@
 /**
  * `bench decode`: greedy decoding of a preset with random weights, at several batches and contexts: milliseconds of a step by the
- * device's clock, and the share that reading the weights once would take. Both golden models are checked first.
+ * device's clock, and the share that reading the weights once would take. Both golden models are checked first. With a prompt, also
+ * taking in so many tokens with NTK alpha 8, and what comes after them. Every row fails whose logits are not finite or whose tokens
+ * are outside the vocabulary; DEVICE_MEMORY is thrown where a plan does not fit.
  */
 import type { ModelConfig } from '../config/presets.ts';
 import { Device } from '../cuda/device.ts';
@@ -22,9 +24,15 @@ interface DecodeOptions {
   /** Also takes in a prompt of so many tokens, with NTK alpha 8, and goes on from there. */
   readonly prompt?: number | undefined;
   readonly peer?: string | undefined;
+  /** [sequences, context] to measure at half of the context. */
+  readonly shapes?: readonly (readonly [number, number])[] | undefined;
 }
 
 const SHAPES = [[1, 1024], [1, 8192], [64, 1024]] as const;
+/** What takes a model that was trained at 32,768 positions to 262,144. */
+const LONG_NTK_ALPHA = 8;
+/** Newest tokens of each sequence that are looked at. */
+const STEPS_READ = 32;
 
 /** Bytes of weights that a step must read: for one sequence its own experts, for many all of them; and the cache up to `position`. */
 function stepBytes({ layers, hiddenSize: H, ffnSize: F, experts, expertsPerToken, vocabSize, queryHeads, kvHeads, headSize }: ModelConfig, B: number, position: number, bytes: number): number {
@@ -50,38 +58,38 @@ export async function benchDecode(options: DecodeOptions): Promise<Report> {
   try {
     const ceilings = isGpu ? measureCeilings(device) : null;
     const precision = isGpu ? 'bf16' : 'fp32';
-    const row = (B: number, context: number, position: number, ms: number, more: Record<string, number>): Row => {
-      const gbPerSecond = stepBytes(model, B, position, isGpu ? 2 : 4) / ms / 1e6;
-      const peer = peers.find(({ batch, context: other }) => batch === B && other === context)?.['tokens_per_s'];
-      return {
-        name: `batch ${B}, context ${context}`, ms: significant(ms), tokensPerSecond: significant((B / ms) * 1000), gbPerSecond: significant(gbPerSecond),
-        shareOfCeiling: ceilings === null ? null : significant(gbPerSecond / ceilings.gbPerSecond, 3),
-        peerTokensPerSecond: typeof peer === 'number' ? peer : null, timesPeer: typeof peer === 'number' ? significant((B / ms) * 1000 / peer, 3) : null, ...more,
-      };
-    };
-    const measure = (shape: ModelConfig, B: number, capacity: number, length: number, steps: number): { ms: number; prefillMs: number } => {
-      const decoder = new Decoder(device, { model: shape, precision, capacity, batch: B, graph: options.graph });
+    const measure = (name: string, shape: ModelConfig, B: number, context: number, length: number, steps: number): Row & { readonly passed: boolean } => {
+      const decoder = new Decoder(device, { model: shape, precision, capacity: Math.max(context, length + steps + 16), batch: B, graph: options.graph, stepsPerRead: STEPS_READ });
       try {
         decoder.initialise(0);
         const prompts = randomPrompts(B, length, model.vocabSize);
-        decoder.timePrefill(prompts.map((prompt) => prompt.slice(0, 64))); // loads the kernels' code
-        return { prefillMs: decoder.timePrefill(prompts), ms: decoder.timeSteps(prompts, steps) };
+        decoder.measure(prompts.map((prompt) => prompt.slice(0, 64)), 1); // loads the kernels' code
+        const { prefillMs, stepMs, tokens, isFinite, plannedBytes } = decoder.measure(prompts, steps);
+        const isProduced = tokens.every((each) => each.length === Math.min(STEPS_READ, steps + 5) && each.every((token) => token >= 0 && token < model.vocabSize));
+        const gbPerSecond = stepBytes(model, B, length, isGpu ? 2 : 4) / stepMs / 1e6;
+        const peer = peers.find(({ batch, context: other }) => batch === B && other === context)?.['tokens_per_s'];
+        return {
+          name, ms: significant(stepMs), tokensPerSecond: significant((B / stepMs) * 1000), gbPerSecond: significant(gbPerSecond),
+          shareOfCeiling: ceilings === null ? null : significant(gbPerSecond / ceilings.gbPerSecond, 3),
+          peerTokensPerSecond: typeof peer === 'number' ? peer : null, timesPeer: typeof peer === 'number' ? significant(((B / stepMs) * 1000) / peer, 3) : null,
+          prefillTokensPerSecond: significant((B * length * 1000) / prefillMs), plannedGb: significant(plannedBytes / 1e9, 3),
+          newest: tokens[0]!.slice(-4).join(' '), passed: isProduced && isFinite,
+        };
       } finally {
         decoder.close();
       }
     };
-    const rows = SHAPES.map(([B, context]): Row => {
+    const rows = (options.shapes ?? SHAPES).map(([B, context]) => {
       const length = context / 2;
-      const { ms, prefillMs } = measure(model, B, context, length, Math.min(options.steps, length - 8));
-      return row(B, context, length, ms, { prefillTokensPerSecond: significant((B * length * 1000) / prefillMs) });
+      return measure(`batch ${B}, context ${context}`, model, B, context, length, Math.min(options.steps, length - 8));
     });
     if (options.prompt !== undefined) {
-      const { ms, prefillMs } = measure({ ...model, ntkAlpha: 8 }, 1, options.prompt + options.steps + 16, options.prompt, options.steps);
-      rows.push(row(1, options.prompt, options.prompt, ms, { prefillTokensPerSecond: significant((options.prompt * 1000) / prefillMs) }));
+      const { prompt, steps } = options;
+      rows.push(measure(`a prompt of ${prompt}, NTK alpha ${LONG_NTK_ALPHA}`, { ...model, ntkAlpha: LONG_NTK_ALPHA }, 1, prompt, prompt, steps));
     }
     return {
       bench: 'decode',
-      passed: matches,
+      passed: matches && rows.every(({ passed }) => passed),
       summary: {
         ...provenance(),
         device: device.description.name, preset: options.preset, precision, graph: options.graph && device.recordsGraphs, goldenMatches: matches,

@@ -1,13 +1,14 @@
 /**
  * `bench kernels --device cuda:N`: every kernel of a training step and of a decoding step at a preset's sizes in bf16. Each is first
  * held to the CPU library in float32, on the same random inputs and few tokens, then timed with the device's events, as TFLOP/s
- * or GB/s and as the share of the floor that the two ceilings of the same run set. Shape letters: workers/model/sizes.ts.
+ * or GB/s and as the share of the floor that the two ceilings of the same run set. A peer's figures are matched by name and shape.
+ * Shape letters: workers/model/sizes.ts.
  */
 import { Device, slice } from '../cuda/device.ts';
 import type { Kernels, Tensor } from '../cuda/device.ts';
 import { sizesOf } from '../workers/model/sizes.ts';
 import type { Sizes } from '../workers/model/sizes.ts';
-import { measureCeilings, parseDevice, presetOf, timeOnDevice } from './gpu.ts';
+import { measureCeilings, parseDevice, peerFigures, presetOf, timeOnDevice } from './gpu.ts';
 import type { Ceilings } from './gpu.ts';
 import { median, provenance, quantile, significant } from './statistics.ts';
 import type { Report, Row } from './statistics.ts';
@@ -17,6 +18,7 @@ export interface GpuKernelOptions {
   readonly preset: string;
   readonly sequences: number;
   readonly sequenceLength: number;
+  readonly peer?: string | undefined;
 }
 
 /** A buffer: 'x' has the compute type. `normal`: random with that deviation; `zero`; or integers from the host. */
@@ -42,8 +44,8 @@ interface Entry {
 
 /** ||got - want|| / ||want||: bf16 rounds results, and probabilities and SwiGLU's values on the way, to 8 bits. */
 const TOLERANCE = 2e-2;
-/** Tokens and sequence length of the comparison. */
-const COMPARED = { B: 2, S: 96 };
+/** Tokens and sequence length of the comparison: so many slots that gathered rows are packed, as they are at the size that is timed. */
+const COMPARED = { B: 2, S: 288 };
 
 const x = (length: number, normal?: number): Buffer => ({ dtype: 'x', length, ...(normal === undefined ? {} : { normal }) });
 const f32 = (length: number, normal?: number): Buffer => ({ dtype: 'f32', length, ...(normal === undefined ? {} : { normal }) });
@@ -272,18 +274,22 @@ function distance(a: Float32Array, b: Float32Array): number {
   return Number.isNaN(error) ? Infinity : error;
 }
 
-function measure(gpu: Device, cpu: Device, sizes: Sizes, small: Entry, entry: Entry, T: number, S: number, ceilings: Ceilings): Row & { readonly passed: boolean } {
+function measure(
+  gpu: Device, cpu: Device, sizes: Sizes, small: Entry, entry: Entry, T: number, S: number, ceilings: Ceilings, peers: readonly Record<string, unknown>[],
+): Row & { readonly passed: boolean } {
   const error = compare(gpu, cpu, small, sizes);
   const bench = new Bench(gpu, entry, 'bf16', gpu.workspaceBytes({ T, S, ...sizes }, 'bf16'));
   try {
     entry.prepare?.(gpu.kernels, bench.tensors);
     const times = timeOnDevice(gpu, () => entry.run(gpu.kernels, bench.tensors, 'bf16'));
     const ms = median(times);
+    const peerMs = peers.find(({ name, shape }) => name === entry.name && shape === entry.shape)?.['ms'];
     const floorMs = Math.max(entry.flops / ceilings.tflops / 1e9, entry.bytes / ceilings.gbPerSecond / 1e6);
     return {
       name: entry.name, shape: entry.shape, error: significant(error, 2), ms: significant(ms), p95Ms: significant(quantile(times, 0.95)),
       tflops: entry.flops === 0 ? null : significant(entry.flops / ms / 1e9), gbPerSecond: significant(entry.bytes / ms / 1e6),
-      shareOfFloor: significant(floorMs / ms, 3), passed: error <= TOLERANCE,
+      shareOfFloor: significant(floorMs / ms, 3), peerMs: typeof peerMs === 'number' ? peerMs : null,
+      timesPeer: typeof peerMs === 'number' ? significant(peerMs / ms, 3) : null, passed: error <= TOLERANCE,
     };
   } finally {
     bench.free();
@@ -293,12 +299,13 @@ function measure(gpu: Device, cpu: Device, sizes: Sizes, small: Entry, entry: En
 export async function benchGpuKernels(options: GpuKernelOptions): Promise<Report> {
   const { sequences: B, sequenceLength: S } = options;
   const sizes = sizesOf(presetOf(options.preset), 'bf16');
+  const peers = options.peer === undefined ? [] : peerFigures(options.peer);
   const gpu = Device.open({ ...parseDevice(options.device), threads: 0 });
   const cpu = Device.open({ library: 'cpu', index: 0, threads: 0 });
   try {
     const ceilings = measureCeilings(gpu);
     const small = entries(sizes, COMPARED.B, COMPARED.S);
-    const rows = entries(sizes, B, S).map((entry, at) => measure(gpu, cpu, sizes, small[at]!, entry, B * S, S, ceilings));
+    const rows = entries(sizes, B, S).map((entry, at) => measure(gpu, cpu, sizes, small[at]!, entry, B * S, S, ceilings, peers));
     return {
       bench: 'kernels',
       passed: rows.every(({ passed }) => passed),

@@ -76,6 +76,7 @@ program
   .option('--preset <name>', 'GPU: model preset', '6.9b')
   .option('--sequences <n>', 'GPU: sequences', wholeNumber, 4)
   .option('--sequence-length <n>', 'GPU: tokens in a sequence', wholeNumber, 4096)
+  .option('--peer <command>', 'GPU: run this program first, and print the ratio to its ms of a kernel')
   .option(...json)
   .action((options) => run(() => (isGpu(options.device) ? benchGpuKernels(options) : benchKernels(options)), options.json));
 

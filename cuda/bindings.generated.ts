@@ -518,8 +518,9 @@ export class Kernels {
     if (status !== 0) this.#fail('nn_moe_permute', status);
   }
 
-  /** For each sorted slot s of expert e: gate_up[s] = x[slot_token[s]] gate_up_weight[e]^T, h[s] = silu(gate) * up. The gather
-   * is fused into the loads and SwiGLU into the epilogue. An expert's weights are [gate (w1): F, H | up (w3): F, H]. */
+  /** For each sorted slot s of expert e: gate_up[s] = x[slot_token[s]] gate_up_weight[e]^T, h[s] = silu(gate) * up, with SwiGLU in the
+   * epilogue. The gather is part of the loads, except that the CUDA library on Hopper packs bf16 rows in the workspace first where there are
+   * 2,048 slots or more (and in the backward and the weight gradients likewise), to the same bits. An expert's weights are [gate (w1): F, H | up (w3): F, H]. */
   moeUpForward(h: Tensor, gateUp: Tensor | null, x: Tensor, slotToken: Tensor, offsets: Tensor, gateUpWeight: Tensor, T: number, H: number, F: number, E: number, K: number, dtype: ComputeType): void {
     if (h.dtype !== dtype || !(h.length >= T * K * F)) refuse('moe_up_forward', 'h', h, dtype, T * K * F);
     if (gateUp !== null && (gateUp.dtype !== dtype || !(gateUp.length >= T * K * 2 * F))) refuse('moe_up_forward', 'gateUp', gateUp, dtype, T * K * 2 * F);

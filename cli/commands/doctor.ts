@@ -162,10 +162,10 @@ export function settings(config: Config, environment: NodeJS.ProcessEnv = proces
 
 const MARKS = { ok: ['green', 'ok'], warning: ['yellow', '!!'], failed: ['red', 'no'] } as const;
 
-async function doctor(options: { golden?: string; device?: string; json?: boolean }): Promise<void> {
+async function doctor(options: { golden?: string; device?: string; precision?: string; json?: boolean }): Promise<void> {
   const config = loadConfig();
   if (options.golden !== undefined) {
-    runGolden(options.golden, options.device ?? 'cpu', config.worker.threads, options.json);
+    runGolden(options.golden, options.device ?? 'cpu', options.precision ?? 'fp32', config.worker.threads, options.json);
     return;
   }
   await withLifetime(async (life) => {
@@ -210,6 +210,7 @@ export function registerDoctor(program: Command): void {
     .command('doctor')
     .option('--golden <file>', 'check this build against a golden model (.safetensors) instead of the machine')
     .option('--device <device>', 'what computes the golden model: cpu or cuda:N', 'cpu')
+    .option('--precision <type>', 'fp32, or bf16 on a GPU: against the CPU in float32 with the weights rounded to bf16', 'fp32')
     .option('--json', 'print JSON')
     .description('whether this machine can do it: Node, native library, GPUs, Redis, settings')
     .action(doctor);

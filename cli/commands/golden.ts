@@ -3,6 +3,7 @@
  * fails with GOLDEN_MISMATCH past it. What is compared, and how, is workers/model/golden.ts. Called by doctor.ts.
  */
 import { NnError } from '../../config/errors.ts';
+import type { Precision } from '../../config/run-spec.ts';
 import { checkGolden } from '../../workers/model/golden.ts';
 import { paint, printResult, table } from '../output.ts';
 
@@ -13,9 +14,15 @@ export function parseDevice(text: string): { library: 'cpu' | 'cuda'; index: num
   return match[1] === undefined ? { library: 'cpu', index: 0 } : { library: 'cuda', index: Number(match[1]) };
 }
 
-/** Throws GOLDEN_MISMATCH naming the first check that fails; FILE_NOT_FOUND and others from reading and computing. */
-export function runGolden(file: string, device: string, threads: number, json: boolean | undefined): void {
-  const report = checkGolden(file, { ...parseDevice(device), threads });
+/** Reads `fp32` or `bf16`. Throws USAGE. */
+export function parsePrecision(text: string): Precision {
+  if (text === 'fp32' || text === 'bf16') return text;
+  throw new NnError('USAGE', `--precision is ${JSON.stringify(text)}, but must be fp32 or bf16`);
+}
+
+/** Throws GOLDEN_MISMATCH naming the first check that fails; FILE_NOT_FOUND and others from reading and computing; DEVICE_UNSUPPORTED for bf16 on a CPU. */
+export function runGolden(file: string, device: string, precision: string, threads: number, json: boolean | undefined): void {
+  const report = checkGolden(file, { ...parseDevice(device), threads }, parsePrecision(precision));
   printResult(json, { ...report, device }, () =>
     table(
       [{ title: '' }, { title: 'CHECK' }, { title: 'LARGEST ERROR', align: 'right' }, { title: 'TOLERANCE', align: 'right' }, { title: 'MEASURE' }],

@@ -473,8 +473,9 @@ NN_API nn_status nn_moe_permute(
     const float *weight,  // in f32 [T, K]
     int64_t T, int64_t E, int64_t K);
 
-/* For each sorted slot s of expert e: gate_up[s] = x[slot_token[s]] gate_up_weight[e]^T, h[s] = silu(gate) * up. The gather
- * is fused into the loads and SwiGLU into the epilogue. An expert's weights are [gate (w1): F, H | up (w3): F, H]. */
+/* For each sorted slot s of expert e: gate_up[s] = x[slot_token[s]] gate_up_weight[e]^T, h[s] = silu(gate) * up, with SwiGLU in the
+ * epilogue. The gather is part of the loads, except that the CUDA library on Hopper packs bf16 rows in the workspace first where there are
+ * 2,048 slots or more (and in the backward and the weight gradients likewise), to the same bits. An expert's weights are [gate (w1): F, H | up (w3): F, H]. */
 NN_API nn_status nn_moe_up_forward(
     nn_context *context,
     void *h,                    // out dtype [T*K, F]

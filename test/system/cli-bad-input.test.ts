@@ -51,6 +51,7 @@ describe('bad input', function () {
       [['up', '--port', '70000'], '--port is "70000"'],
       [['worker', '--count', '0'], '--count is "0"'],
       [['doctor', '--golden', 'x', '--device', 'tpu'], '--device is "tpu"'],
+      [['doctor', '--golden', 'x', '--precision', 'fp8'], '--precision is "fp8"'],
       [['data', 'prepare', 'text.txt', '--tokenizer', 'tokenizer.json', '-o', 'x', '--hold-out', '0.1'], '--validation'],
       [['demo', '--steps', 'many'], '--steps is "many"'],
     ];
@@ -128,6 +129,8 @@ describe('bad input', function () {
       truncateSync(place.at('cut.safetensors'), 1000);
       await refused(doctor('cut.safetensors'), 'CHECKPOINT_INVALID', 'cut.safetensors');
     });
+
+    it('bf16 on a CPU, which computes in float32', () => refused([...doctor(golden), '--precision', 'bf16'], 'DEVICE_UNSUPPORTED', 'bf16'));
 
     it('a model that this build does not reproduce', async () => {
       const bytes = readFileSync(golden);

@@ -3,7 +3,7 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect } from 'chai';
-import { parseDevice } from '../../cli/commands/golden.ts';
+import { parseDevice, parsePrecision } from '../../cli/commands/golden.ts';
 import { samplingMethod } from '../../cli/commands/checkpoints.ts';
 import { settings } from '../../cli/commands/doctor.ts';
 import { parseGpus, parseNumber, parseWhole, readSpec } from '../../cli/options.ts';
@@ -48,7 +48,9 @@ describe('cli options', () => {
     expect(refusal(() => samplingMethod({ topK: 5, topP: 0.5 })).code).to.equal('USAGE');
   });
 
-  it('reads devices', () => {
+  it('reads devices and precisions', () => {
+    expect(['fp32', 'bf16'].map(parsePrecision)).to.deep.equal(['fp32', 'bf16']);
+    for (const wrong of ['fp16', 'BF16', '']) expect(refusal(() => parsePrecision(wrong)).code).to.equal('USAGE');
     expect(parseDevice('cpu')).to.deep.equal({ library: 'cpu', index: 0 });
     expect(parseDevice('cuda:3')).to.deep.equal({ library: 'cuda', index: 3 });
     for (const wrong of ['gpu', 'cuda', 'cuda:', 'cuda:-1', '']) expect(refusal(() => parseDevice(wrong)).code).to.equal('USAGE');

@@ -189,14 +189,24 @@ describe('decoder', () => {
   } as const;
 
   it('draws the weights of a run’s first version, and times its steps', () => {
-    const [fresh, other] = [0, 1].map(() => new Decoder(device, { model, precision: 'fp32', capacity: 40, batch: 1 })) as [Decoder, Decoder];
+    const options = { model, precision: 'fp32', capacity: 40, batch: 1 } as const;
+    const [fresh, other] = [0, 1].map(() => new Decoder(device, { ...options, stepsPerRead: 8 })) as [Decoder, Decoder];
     fresh.initialise(9);
     trainer.initialise(9);
     other.loadWeights(source);
     expect(fresh.logits(text, 24)).to.deep.equal(other.logits(text, 24));
-    expect(fresh.timeSteps([text], 5)).to.be.within(1e-4, 1000);
-    expect(fresh.timePrefill([text])).to.be.within(1e-4, 1000);
-    expect(() => fresh.timeSteps([text], 16)).to.throw('positions');
+    // 1 token of the prompt, 4 steps of warm-up and those that are timed: 8 of them fit into the history, which is a ring.
+    const [wanted] = fresh.generate({ prompts: [text], maxTokens: 14, method: 'greedy' });
+    for (const count of [2, 3, 9]) {
+      const { stepMs, prefillMs, tokens, isFinite, plannedBytes } = fresh.measure([text], count);
+      expect(stepMs).to.be.within(1e-4, 1000);
+      expect(prefillMs).to.be.within(1e-4, 1000);
+      expect(tokens).to.deep.equal([wanted!.slice(Math.max(0, 5 + count - 8), 5 + count)]);
+      expect(isFinite).to.equal(true);
+      expect(plannedBytes).to.be.above(decoderPlan({ ...options, prefillTokens: 512, stepsPerRead: 8 }).bytes.weights);
+    }
+    expect(() => fresh.measure([text], 16)).to.throw('positions');
+    expect(() => fresh.measure([text, text], 1)).to.throw('2 prompts');
     fresh.close();
     other.close();
   });

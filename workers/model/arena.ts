@@ -30,6 +30,11 @@ export class Arena {
     this.#memory = device.allocate('u8', plan.totalBytes);
   }
 
+  /** Bytes of the whole plan. */
+  get bytes(): number {
+    return this.#plan.totalBytes;
+  }
+
   has(name: string): boolean {
     return this.#plan.buffers.has(name);
   }

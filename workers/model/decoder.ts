@@ -73,6 +73,20 @@ export interface GenerateOptions {
   readonly shouldStop?: () => boolean;
 }
 
+/** What Decoder.measure saw. */
+export interface Measured {
+  /** Milliseconds of taking in the prompts and choosing the first tokens. */
+  readonly prefillMs: number;
+  /** Milliseconds of one step, the mean. */
+  readonly stepMs: number;
+  /** The newest tokens of each prompt, at most stepsPerRead. */
+  readonly tokens: readonly (readonly number[])[];
+  /** Whether the last step's logits are all finite. */
+  readonly isFinite: boolean;
+  /** Bytes of the memory plan. */
+  readonly plannedBytes: number;
+}
+
 const PREFILL_TOKENS = { cpu: 512, cuda: 4096 } as const;
 const STEPS_PER_READ = { cpu: 1, cuda: 32 } as const;
 
@@ -208,26 +222,30 @@ export class Decoder {
   }
 
   /**
-   * For benchmarks: milliseconds of one greedy step, the mean of `count` after the prompts were taken in and a few steps made, by the
-   * device's clock. Nothing is read back.
+   * For benchmarks: takes the prompts in, makes a few greedy steps, then `count` timed ones, by the device's clock; nothing is read
+   * back in between. Throws like generate.
    */
-  timeSteps(prompts: readonly (readonly number[])[], count: number): number {
+  measure(prompts: readonly (readonly number[])[], count: number): Measured {
     const warmup = 4;
     for (const [index, prompt] of prompts.entries()) this.#checkTokens(prompt, `prompt ${index}`, warmup + count + 1);
-    const options: GenerateOptions = { prompts, maxTokens: warmup + count, method: 'greedy' };
-    this.#takeIn(prompts, 0, options);
-    for (let step = 0; step < warmup; step++) this.#takeStep(prompts.length, options);
-    const elapsed = this.#device.time(() => {
-      for (let step = 0; step < count; step++) this.#takeStep(prompts.length, options);
-    });
-    return elapsed / count;
-  }
-
-  /** For benchmarks: milliseconds of taking in prompts, by the device's clock. */
-  timePrefill(prompts: readonly (readonly number[])[]): number {
-    for (const [index, prompt] of prompts.entries()) this.#checkTokens(prompt, `prompt ${index}`, 1);
+    const { batch, stepsPerRead } = this.#options;
+    if (prompts.length > batch) throw new Error(`measure: ${prompts.length} prompts, but ${batch} are generated at once`);
+    const options: GenerateOptions = { prompts, maxTokens: warmup + count + 1, method: 'greedy' };
+    const B = prompts.length;
     this.#begin(null);
-    return this.#device.time(() => this.#prefill(prompts));
+    const prefillMs = this.#device.time(() => this.#takeIn(prompts, 0, options));
+    for (let step = 0; step < warmup; step++) this.#takeStep(B, options);
+    const elapsed = this.#device.time(() => {
+      for (let step = 0; step < count; step++) this.#takeStep(B, options);
+    });
+    const made = 1 + warmup + count;
+    const history = new Int32Array(stepsPerRead * B);
+    this.#device.download(history, this.#arena.tensor('history'));
+    const read = Math.min(made, stepsPerRead);
+    const tokens = prompts.map((_, b) => Array.from({ length: read }, (__, at) => history[((made - read + at) % stepsPerRead) * B + b]!));
+    const logits = new Float32Array(B * this.#sizes.V);
+    this.#device.download(logits, this.#arena.tensor('head.logits'));
+    return { prefillMs, stepMs: elapsed / count, tokens, isFinite: logits.every(Number.isFinite), plannedBytes: this.#arena.bytes };
   }
 
   /** Gives the memory back; the decoder is of no use afterwards. */

@@ -100,6 +100,9 @@ export function checkGolden(path: string, options: DeviceOptions, precision: Pre
   try {
     const device = Device.open(options);
     try {
+      if (precision === 'bf16' && device.description.kind === 'cpu') {
+        throw new NnError('DEVICE_UNSUPPORTED', 'the CPU computes in fp32 only; take a GPU, such as --device cuda:0, for bf16');
+      }
       const rows = precision === 'bf16' ? checkRounded(golden, device) : [...checkTraining(golden, device), checkGreedy(golden, device)];
       return { path, model: golden.model, precision, rows, passed: rows.every(({ passed }) => passed) };
     } finally {

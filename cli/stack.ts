@@ -9,7 +9,7 @@ import { join } from 'node:path';
 import { NnError, errorCode } from '../config/errors.ts';
 import { checkRedis, redisAddresses } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
-import { describeDevices } from '../cuda/device.ts';
+import { describeDevices, whyNoDevice } from '../cuda/device.ts';
 import { Client } from '../orchestrator/client.ts';
 import { startOrchestrator } from '../orchestrator/main.ts';
 import { startServer } from '../orchestrator/server/server.ts';
@@ -90,7 +90,10 @@ export function findGpus(gpus: Gpus): readonly number[] {
   }
   if (gpus === 'all') return there;
   const missing = gpus.find((index) => !there.includes(index));
-  if (missing !== undefined) throw new NnError('DEVICE_UNAVAILABLE', `there is no GPU ${missing} here (there: ${there.join(', ') || 'none'})`);
+  if (missing !== undefined) {
+    const why = there.length === 0 ? whyNoDevice('cuda') : '';
+    throw new NnError('DEVICE_UNAVAILABLE', `there is no GPU ${missing} here (there: ${there.join(', ') || 'none'}${why === '' ? '' : `; ${why}`})`);
+  }
   return gpus;
 }
 

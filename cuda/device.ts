@@ -155,6 +155,15 @@ function deviceCount(native: Native): number {
   return count[0]!;
 }
 
+/** Why nn_device_count has just counted none, '' where the library has nothing to say. */
+const whyNone = (native: Native): string => errorMessage(native, 0);
+
+/** Why describeDevices finds none: no driver, one too old, no GPU. '' where there is nothing to say. Throws LIBRARY_INVALID. */
+export function whyNoDevice(library: LibraryName): string {
+  const native = loadLibrary(libraryPath(library));
+  return deviceCount(native) === 0 ? whyNone(native) : '';
+}
+
 interface Choice {
   readonly name: LibraryName;
   readonly native: Native;
@@ -203,7 +212,8 @@ export class Device {
     const { name, native } = choice;
     const count = deviceCount(native);
     if (!(Number.isInteger(options.index) && options.index >= 0 && options.index < count)) {
-      const there = count === 0 ? 'there is none' : `there ${count === 1 ? 'is 1' : `are ${count}`}, counted from 0`;
+      const why = whyNone(native);
+      const there = count === 0 ? `there is none${why === '' ? '' : ` (${why})`}` : `there ${count === 1 ? 'is 1' : `are ${count}`}, counted from 0`;
       throw new NnError('DEVICE_UNAVAILABLE', `${name} device ${options.index} is not there: ${there}`, { library: name, index: options.index });
     }
     return new Device(choice, options.index, options.threads);

@@ -13,7 +13,7 @@ import { NnError, errorCode } from '../../config/errors.ts';
 import { openRedis, redactUrl, redisAddresses } from '../../config/redis.ts';
 import { knobs, loadConfig, packageRoot } from '../../config/schema.ts';
 import type { Config } from '../../config/schema.ts';
-import { describeDevices } from '../../cuda/device.ts';
+import { describeDevices, whyNoDevice } from '../../cuda/device.ts';
 import type { DeviceDescription } from '../../cuda/device.ts';
 import { findRedisServer } from '../embedded-redis.ts';
 import { homeOwner } from '../home-lock.ts';
@@ -95,7 +95,8 @@ function checkCpu(): Outcome {
 function checkGpus(): Outcome {
   try {
     const devices = describeDevices('cuda');
-    return { detail: devices.length === 0 ? 'none found' : devices.map((device) => `cuda:${device.index} ${describeDevice(device)}`).join('; ') };
+    if (devices.length === 0) return { detail: `none found: ${whyNoDevice('cuda') || 'the CUDA library sees none'}` };
+    return { detail: devices.map((device) => `cuda:${device.index} ${describeDevice(device)}`).join('; ') };
   } catch (error) {
     if (!['LIBRARY_INVALID', 'DEVICE_UNAVAILABLE'].includes(errorCode(error) ?? '')) throw error;
     return { detail: `none: ${(error as Error).message}` };

@@ -35,6 +35,12 @@ export interface Running {
 export class Workplace {
   readonly directory = mkdtempSync(join(tmpdir(), 'cuda-nn-cli-'));
   readonly #running = new Set<ChildProcess>();
+  readonly #main: string;
+
+  /** `main`: the command line to run, that of this package unless it is another copy's. */
+  constructor(main = MAIN) {
+    this.#main = main;
+  }
 
   at(...names: string[]): string {
     return join(this.directory, ...names);
@@ -42,7 +48,7 @@ export class Workplace {
 
   start(args: readonly string[], { env = {}, input, timeoutMs = 120_000 }: Options = {}): Running {
     const clean = Object.fromEntries(Object.entries(process.env).filter(([name]) => !/^(CUDA_NN_|FORCE_COLOR|NO_COLOR)/.test(name)));
-    const child = spawn(process.execPath, [MAIN, ...args], {
+    const child = spawn(process.execPath, [this.#main, ...args], {
       cwd: this.directory,
       env: { ...clean, CUDA_NN_THREADS: '1', CUDA_NN_DRAIN_MS: '5000', ...env },
       stdio: [input === undefined ? 'ignore' : 'pipe', 'pipe', 'pipe'],

@@ -1,10 +1,11 @@
 /**
- * A real Redis for one test: redis-server on unix sockets in a temporary directory, with a password, append-only as in
- * production, and a second one without persistence for the exchange. Used by the tests of orchestrator, workers and cli.
+ * Real Redis servers for a test: on unix sockets in a directory of their own, with a password, one for the queues,
+ * append-only and synced every second as in production, and one without persistence for the exchange. Each can be killed,
+ * brought back with what its disk holds, and stopped for a while. Used by the tests of orchestrator, workers and cli.
  */
 import { spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Redis } from 'ioredis';
@@ -12,6 +13,8 @@ import { Redis } from 'ioredis';
 export interface TestRedis {
   readonly url: string;
   readonly exchangeUrl: string;
+  readonly queues: RedisServer;
+  readonly exchange: RedisServer;
   /** Stops both servers and deletes their directory. */
   stop(): Promise<void>;
   /** SIGKILL to both. `start` brings them back with what their disks hold. */
@@ -19,48 +22,96 @@ export interface TestRedis {
   start(): Promise<void>;
 }
 
-const PASSWORD = 'test-password';
+export const PASSWORD = 'test-password';
 const START_TIMEOUT_MS = 10_000;
 
-/** Starts both servers; throws when redis-server is not on the PATH. */
-export async function startTestRedis(): Promise<TestRedis> {
-  const directory = mkdtempSync(join(tmpdir(), 'nn-redis-'));
-  const socketOf = (name: string): string => join(directory, `${name}.sock`);
-  const urlOf = (name: string): string => `unix://${socketOf(name)}?password=${PASSWORD}`;
-  let children: ChildProcess[] = [];
-  const start = async (): Promise<void> => {
-    children = [serve(directory, 'queues', socketOf('queues'), true), serve(directory, 'exchange', socketOf('exchange'), false)];
-    await Promise.all(['queues', 'exchange'].map((name) => waitUntilUp(socketOf(name))));
-  };
-  const end = async (signal: NodeJS.Signals): Promise<void> => {
-    await Promise.all(children.map((child) => ended(child, signal)));
-  };
+/** One redis-server. */
+export class RedisServer {
+  readonly socket: string;
+  readonly url: string;
+  readonly #directory: string;
+  readonly #name: string;
+  readonly #persistent: boolean;
+  #child: ChildProcess | null = null;
+
+  constructor(directory: string, name: string, persistent: boolean) {
+    this.socket = join(directory, `${name}.sock`);
+    this.url = `unix://${this.socket}?password=${PASSWORD}`;
+    this.#directory = directory;
+    this.#name = name;
+    this.#persistent = persistent;
+  }
+
+  get pid(): number | undefined {
+    return this.#child?.pid;
+  }
+
+  async start(): Promise<void> {
+    const options = {
+      port: '0', unixsocket: this.socket, unixsocketperm: '700', dir: this.#directory, requirepass: PASSWORD, save: '', appendonly: this.#persistent ? 'yes' : 'no',
+      appendfsync: 'everysec', appenddirname: `${this.#name}-aof`, 'maxmemory-policy': 'noeviction', daemonize: 'no', loglevel: 'warning',
+    };
+    this.#child = spawn('redis-server', Object.entries(options).flatMap(([key, value]) => [`--${key}`, value]), { stdio: 'ignore' });
+    await waitUntilUp(this.socket);
+  }
+
+  /** SIGKILL, also to a server that stands still. */
+  async kill(): Promise<void> {
+    const child = this.#child;
+    if (child === null || child.exitCode !== null || child.signalCode !== null) return;
+    const gone = new Promise((resolve) => child.once('exit', resolve));
+    child.kill('SIGKILL');
+    await gone;
+  }
+
+  /** The server stands still: connections stay, nothing is answered. Takes effect before this returns. */
+  pause(): void {
+    this.#child?.kill('SIGSTOP');
+  }
+
+  resume(): void {
+    this.#child?.kill('SIGCONT');
+  }
+
+  /** A connection that keeps trying. The caller disconnects it. */
+  connect(): Redis {
+    const redis = new Redis({ path: this.socket, password: PASSWORD, maxRetriesPerRequest: null, retryStrategy: () => 10 });
+    redis.on('error', () => undefined);
+    return redis;
+  }
+
+  /** One command on a connection of its own, with its answer. */
+  async call(command: string, ...args: (string | number)[]): Promise<unknown> {
+    const redis = this.connect();
+    try {
+      return await redis.call(command, ...args);
+    } finally {
+      redis.disconnect();
+    }
+  }
+}
+
+/** Starts both servers, in a temporary directory unless one is given; throws when redis-server is not on the PATH. */
+export async function startTestRedis(place?: string): Promise<TestRedis> {
+  const directory = place ?? mkdtempSync(join(tmpdir(), 'nn-redis-'));
+  mkdirSync(directory, { recursive: true });
+  const queues = new RedisServer(directory, 'queues', true);
+  const exchange = new RedisServer(directory, 'exchange', false);
+  const start = async (): Promise<void> => void (await Promise.all([queues.start(), exchange.start()]));
+  const kill = async (): Promise<void> => void (await Promise.all([queues.kill(), exchange.kill()]));
   await start();
   return {
-    url: urlOf('queues'),
-    exchangeUrl: urlOf('exchange'),
+    url: queues.url,
+    exchangeUrl: exchange.url,
+    queues,
+    exchange,
     start,
-    kill: () => end('SIGKILL'),
+    kill,
     stop: async () => {
-      await end('SIGKILL');
+      await kill();
       rmSync(directory, { recursive: true, force: true });
     },
   };
-}
-
-function serve(directory: string, name: string, socket: string, persistent: boolean): ChildProcess {
-  const options = {
-    port: '0', unixsocket: socket, unixsocketperm: '700', dir: directory, requirepass: PASSWORD, save: '', appendonly: persistent ? 'yes' : 'no',
-    appendfsync: 'everysec', appenddirname: `${name}-aof`, 'maxmemory-policy': 'noeviction', daemonize: 'no', loglevel: 'warning',
-  };
-  return spawn('redis-server', Object.entries(options).flatMap(([key, value]) => [`--${key}`, value]), { stdio: 'ignore' });
-}
-
-async function ended(child: ChildProcess, signal: NodeJS.Signals): Promise<void> {
-  if (child.exitCode !== null || child.signalCode !== null) return;
-  const gone = new Promise((resolve) => child.once('exit', resolve));
-  child.kill(signal);
-  await gone;
 }
 
 async function waitUntilUp(socket: string): Promise<void> {

@@ -40,6 +40,7 @@ export const ERROR_KINDS = {
   ALREADY_UP: kind('never', 3, 'Another `cuda-nn up` runs in this home directory.'),
   PORT_IN_USE: kind('never', 4, 'The port is taken by another process.'),
   DISK_FULL: kind('retry', 4, 'The disk is full; what was complete before is kept.'),
+  DISK_FAULT: kind('retry', 4, 'The disk, or the server of a network file system, reports an error.'),
   COMPILER_MISSING: kind('never', 4, 'No C compiler was found to build the native library.'),
   LIBRARY_INVALID: kind('never', 4, 'The native library is missing, or of another ABI version.'),
   DEVICE_UNAVAILABLE: kind('never', 4, 'The device is not there, too old, or its driver refuses.'),

@@ -55,6 +55,7 @@ const schema = {
     drainMs: knob('Grace for the job at hand on SIGTERM, milliseconds', 'CUDA_NN_DRAIN_MS', 20_000, 0, 3_600_000),
     callTimeoutMs: knob('A compute thread without any sign of life for so long is taken for hung, milliseconds', 'CUDA_NN_CALL_TIMEOUT_MS', 900_000, 1_000, 86_400_000),
     controlPollMs: knob('Milliseconds between looks at the control key, should its message be lost', 'CUDA_NN_CONTROL_POLL_MS', 1_000, 50, 60_000),
+    checkpointCopyPercent: knob('Most of the host’s free memory for a copy of the state while its checkpoint is written, percent; 0: training waits', 'CUDA_NN_CHECKPOINT_COPY_PERCENT', 50, 0, 100),
     patienceMs: knob('A job of a shared queue waits so long for a busy device before it is given back to others, milliseconds', 'CUDA_NN_PATIENCE_MS', 250, 0, 60_000),
     startMs: knob('Deadline of a worker’s start, milliseconds', 'CUDA_NN_WORKER_START_MS', 60_000, 1_000, 3_600_000),
     library: { doc: 'Native library: auto, cpu or cuda', env: 'CUDA_NN_LIBRARY', default: 'auto', format: ['auto', 'cpu', 'cuda'] },

@@ -4,7 +4,7 @@
  * by every reader and writer of data/.
  */
 import { randomBytes } from 'node:crypto';
-import { closeSync, fsyncSync, openSync, readSync, readdirSync, renameSync, rmSync, writeSync } from 'node:fs';
+import { closeSync, fsyncSync, openSync, readSync, readdirSync, renameSync, rmSync, statSync, writeSync } from 'node:fs';
 import { hostname } from 'node:os';
 import { basename, dirname, join } from 'node:path';
 import { NnError } from '../config/errors.ts';
@@ -19,8 +19,8 @@ export const systemCode = (error: unknown): string | undefined => {
 };
 
 /**
- * An error of the file system as one of ours where it is an expected failure: a full disk or quota is DISK_FULL, a path
- * that is missing or may not be used is FILE_NOT_FOUND. Anything else comes back as it is. `path` is named in the message.
+ * An error of the file system as one of ours where it is an expected failure: a full disk or quota is DISK_FULL, a failing one
+ * DISK_FAULT, a path that is missing or may not be used is FILE_NOT_FOUND. Anything else comes back as it is. `path` is named in the message.
  */
 export function fileError(error: unknown, path: string): unknown {
   switch (systemCode(error)) {
@@ -36,6 +36,11 @@ export function fileError(error: unknown, path: string): unknown {
     case 'EPERM':
     case 'EROFS':
       return new NnError('FILE_NOT_FOUND', `${path}: permission denied`, { path }, error);
+    case 'EIO':
+    case 'ESTALE':
+    case 'ENXIO':
+    case 'ENODEV':
+      return new NnError('DISK_FAULT', `${path}: the disk or its server failed (${systemCode(error)}); look at the system's log`, { path }, error);
     default:
       return error;
   }
@@ -100,21 +105,40 @@ export function temporaryName(path: string, ending: 'partial' | 'replaced' = 'pa
 /** Says that a temporary name is no longer in use: it was published or removed. */
 export const forgetTemporary = (temporary: string): void => void active.delete(temporary);
 
-/** Whether no process of this host is at work on a temporary: its process is gone, or is this one and knows nothing of it. */
+/** A temporary that nobody wrote to for so long is nobody's, whichever host its name tells of; clocks of hosts differ by less. */
+const ABANDONED_AFTER_MS = 24 * 3_600_000;
+
+/**
+ * Whether nobody is at work on a temporary: its process of this host is gone, or is this one and knows nothing of it; or, for
+ * processes of other hosts and numbers that were given to another process, nothing in it has changed for a day.
+ */
 function isAbandoned(path: string): boolean {
   const match = /^\.(.+)\.(\d+)\.[0-9a-f]{8}\.(partial|replaced)$/.exec(basename(path));
-  if (match === null || !match[1]!.endsWith(`.${hostname()}`)) return false;
-  const processId = Number(match[2]);
-  if (processId === process.pid) return !active.has(path);
+  if (match === null || active.has(path)) return false;
+  if (match[1]!.endsWith(`.${hostname()}`)) {
+    const processId = Number(match[2]);
+    if (processId === process.pid || !isAlive(processId)) return true;
+  }
+  return Date.now() - lastChangeMs(path) > ABANDONED_AFTER_MS;
+}
+
+function isAlive(processId: number): boolean {
   try {
-    process.kill(processId, 0);
-    return false;
+    return process.kill(processId, 0);
   } catch (error) {
-    return systemCode(error) === 'ESRCH';
+    return systemCode(error) !== 'ESRCH';
   }
 }
 
-/** Removes the temporaries that killed processes of this host left in a directory. */
+/** When a file, or anything in a directory, was last written to. What vanishes meanwhile has just been changed. */
+function lastChangeMs(path: string): number {
+  const found = statSync(path, { throwIfNoEntry: false });
+  if (found === undefined) return Date.now();
+  if (!found.isDirectory()) return found.mtimeMs;
+  return readdirSync(path).reduce((last, name) => Math.max(last, lastChangeMs(join(path, name))), found.mtimeMs);
+}
+
+/** Removes the temporaries in a directory that processes left which are gone. */
 export function removeAbandoned(directory: string): void {
   for (const name of readdirSync(directory)) {
     const path = join(directory, name);

@@ -25,6 +25,9 @@ import { Trainer } from './model/trainer.ts';
 import { finite, flowMilliseconds, logLength, sumMicrobatches, sumShards } from './reports.ts';
 import type { MicrobatchNumbers } from './reports.ts';
 import type { Signals } from './signals.ts';
+import { allocateCopy, copyBytes, copyState } from './state-copy.ts';
+import type { CopyMemory } from './state-copy.ts';
+import type { CheckpointOutcome } from './tasks.ts';
 
 /** Times that a reduction is begun anew because a shard turned out to be lost. */
 const REDUCE_ROUNDS = 3;
@@ -69,6 +72,8 @@ export class Replica {
   readonly #train: TokenFile;
   /** The version on the device; null while it is being changed, or when a change failed half-way. */
   #step: number | null = null;
+  /** Where the state is copied for checkpoints, once that was done. */
+  #memory: CopyMemory | null = null;
   /** Reports of the steps that the newest `steps` job did here, by step, should the job be delivered twice. */
   readonly #reports = new Map<number, StepReport>();
 
@@ -204,23 +209,36 @@ export class Replica {
     return result;
   }
 
-  async checkpoint(message: Message<'checkpoint'>): Promise<Result<'checkpoint'>> {
+  /**
+   * Version `step` as a checkpoint. With `copy`, and memory for it, the state is copied off the training buffers for the writer
+   * thread; the copy stands until this is called again. Else the files are written here, and the device waits for the disk.
+   */
+  async checkpoint(message: Message<'checkpoint'>, { copy = false } = {}): Promise<CheckpointOutcome> {
     const startedAt = performance.now();
     const { step, epoch, directory } = message;
     await this.bringTo(step, message);
+    const about = { model: this.spec.model, step, precision: this.spec.precision, tokenizer: this.spec.data.tokenizer ?? null, runInfo: { run: this.run, spec: this.spec } };
+    const memory = copy ? this.#copyMemory() : null;
+    if (memory !== null) {
+      copyState(this.#trainer, memory, () => this.#signals.check());
+      return { copied: { ...about, memory } };
+    }
     const places = new Map(this.#trainer.parameters.map((parameter) => [parameter.name, parameter]));
     const { bytes } = await writeCheckpoint(directory, {
-      model: this.spec.model,
-      step,
-      precision: this.spec.precision,
-      tokenizer: this.spec.data.tokenizer ?? null,
+      ...about,
       read: (kind, name, into) => {
         this.#signals.check();
         this.#trainer.readState(kind, places.get(name)!, into);
       },
-      runInfo: { run: this.run, spec: this.spec },
     });
-    return { worker: this.#worker, epoch, step, directory, bytes, milliseconds: performance.now() - startedAt };
+    return { written: { worker: this.#worker, epoch, step, directory, bytes, milliseconds: performance.now() - startedAt } };
+  }
+
+  /** Memory for a copy of the state: taken once; null while the host has not enough to spare. */
+  #copyMemory(): CopyMemory | null {
+    const share = this.#config.worker.checkpointCopyPercent / 100;
+    if (this.#memory === null && copyBytes(this.#trainer) <= share * process.availableMemory()) this.#memory = allocateCopy(this.#trainer);
+    return this.#memory;
   }
 
   async digest(message: Message<'digest'>): Promise<Result<'digest'>> {

@@ -7,6 +7,7 @@ import type { ErrorRecord } from '../config/errors.ts';
 import type { Message, Result, StepReport } from '../config/messages.ts';
 import type { Config } from '../config/schema.ts';
 import type { DeviceDescription } from '../cuda/device.ts';
+import type { StateCopy } from './state-copy.ts';
 
 /** Which device a compute thread opens. */
 export interface DeviceChoice {
@@ -43,7 +44,8 @@ export interface TaskValues {
   readonly steps: Result<'steps'>;
   readonly shard: Result<'shard'>;
   readonly reduce: Result<'reduce'>;
-  readonly checkpoint: Result<'checkpoint'>;
+  /** Written here, or copied into host memory for the writer. */
+  readonly checkpoint: CheckpointOutcome;
   readonly digest: Result<'digest'>;
   readonly eval: Result<'eval'>;
   readonly generate: Result<'generate'>;
@@ -51,6 +53,8 @@ export interface TaskValues {
   readonly forget: number;
   readonly close: null;
 }
+
+export type CheckpointOutcome = { readonly written: Result<'checkpoint'> } | { readonly copied: StateCopy };
 
 export type TaskKind = Task['kind'];
 export type TaskOf<Kind extends TaskKind> = Extract<Task, { kind: Kind }>;
@@ -61,6 +65,14 @@ export type ReplicaState = { readonly run: string; readonly step: number } | nul
 export type Outcome<Kind extends TaskKind = TaskKind> =
   | { readonly ok: true; readonly value: TaskValues[Kind]; readonly replica: ReplicaState }
   | { readonly ok: false; readonly error: ErrorRecord; readonly replica: ReplicaState };
+
+/** What the main thread asks of the writer thread. */
+export interface WriteTask {
+  readonly directory: string;
+  readonly copy: StateCopy;
+}
+
+export type WriteOutcome = { readonly ok: true; readonly bytes: number } | { readonly ok: false; readonly error: ErrorRecord };
 
 /** On the port of a `steps` task, for each step. */
 export interface StepMessage {

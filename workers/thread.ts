@@ -49,7 +49,7 @@ async function perform(task: Task): Promise<TaskValues[Task['kind']]> {
     case 'reduce':
       return replicaOf(task.message).reduce(task.message);
     case 'checkpoint':
-      return replicaOf(task.message).checkpoint(task.message);
+      return replicaOf(task.message).checkpoint(task.message, { copy: true });
     case 'digest':
       return replicaOf(task.message).digest(task.message);
     case 'eval':

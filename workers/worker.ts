@@ -16,11 +16,12 @@ import { ERROR_KINDS, NnError, fromErrorRecord, toErrorRecord } from '../config/
 import type { ErrorRecord } from '../config/errors.ts';
 import { keys, workerQueue } from '../config/keys.ts';
 import { parseMessage } from '../config/messages.ts';
-import type { Origin, QueueName, StepReport, TrainJobName, WorkerRecord } from '../config/messages.ts';
+import type { Origin, QueueName, Result, StepReport, TrainJobName, WorkerRecord } from '../config/messages.ts';
 import { checkRedis, openRedis, redisAddresses } from '../config/redis.ts';
 import type { Redis } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
 import type { DeviceDescription } from '../cuda/device.ts';
+import { BackgroundWriter } from './background.ts';
 import { ControlWatcher, stronger } from './control.ts';
 import { Gate } from './gate.ts';
 import { EXIT } from './ipc.ts';
@@ -74,12 +75,15 @@ export class Island {
   readonly #incarnation = randomUUID();
   #pool!: ComputePool;
   #control!: ControlWatcher;
+  #background!: BackgroundWriter;
   #connection!: Redis;
   #commands!: Redis;
   #device!: DeviceDescription;
   #heartbeat: NodeJS.Timeout | undefined;
   #beating = false;
   #draining = false;
+  /** Jobs at hand that lost their locks: whoever has them now will do them. A checkpoint's copy is written all the same. */
+  readonly #lost = new Set<string>();
   #faulted = false;
   /** The command of this process itself, beside that of the control. */
   #localCommand: Command = 'run';
@@ -111,6 +115,7 @@ export class Island {
     this.#commands = openRedis(url, this.#config, 'command', onError);
     this.#connection = openRedis(url, this.#config, 'blocking', onError);
     this.#control = new ControlWatcher(url, this.#config, onError);
+    this.#background = new BackgroundWriter(this.#config, this.#control);
     await this.#beat();
     this.#heartbeat = setInterval(() => void this.#beat(), this.#config.worker.heartbeatMs);
     for (const queue of ['train', 'eval', 'generate'] as const) this.#serve(queue, workerQueue(queue, id), true);
@@ -119,8 +124,8 @@ export class Island {
   }
 
   /**
-   * Takes no more jobs, lets the one at hand end (`steps` at the step boundary), signs off and closes everything. After
-   * drainMs the step at hand is given up; nothing is lost by that, another worker computes it again.
+   * Takes no more jobs, lets those at hand end (`steps` at the step boundary, a checkpoint when it is written), signs off and closes
+   * everything. After drainMs they are given up; nothing is lost by that, another worker does them again.
    */
   async drain(): Promise<void> {
     if (this.#draining) return;
@@ -128,11 +133,15 @@ export class Island {
     clearInterval(this.#heartbeat);
     this.#command('yield');
     this.#gate.close();
-    const giveUp = setTimeout(() => this.#command('drop'), this.#config.worker.drainMs);
+    this.#background.closeGate();
+    const giveUp = setTimeout(() => {
+      this.#command('drop');
+      this.#background.drop();
+    }, this.#config.worker.drainMs);
     await this.#record().catch((error: Error) => this.#options.log('debug', `last heartbeat: ${error.message}`));
     await Promise.all(this.#queues.map((queue) => queue.close()));
     clearTimeout(giveUp);
-    await this.#pool.close();
+    await Promise.all([this.#pool.close(), this.#background.close()]);
     await this.#commands.hdel(this.#names.workers, this.#options.id).catch((error: Error) => this.#options.log('debug', `signing off: ${error.message}`));
     this.#control.close();
     this.#commands.disconnect();
@@ -146,7 +155,8 @@ export class Island {
       connection: this.#connection,
       prefix: redis.prefix,
       name: this.#options.id,
-      concurrency: 1,
+      // A checkpoint that is being written stays active beside the job on the device; the gate keeps the device to one at a time.
+      concurrency: own && queue === 'train' ? 2 : 1,
       lockDuration: knobs.lockDurationMs,
       lockRenewTime: knobs.lockDurationMs / 2,
       stalledInterval: knobs.stalledIntervalMs,
@@ -155,7 +165,8 @@ export class Island {
     });
     worker.on('error', (error) => this.#options.log('debug', `queue ${name}: ${error.message}`));
     worker.on('lockRenewalFailed', (ids: string[]) => {
-      if (this.#job === null || !ids.includes(this.#job.id)) return;
+      for (const id of ids) this.#lost.add(id);
+      if (this.#job === null || !this.#lost.has(this.#job.id)) return;
       this.#options.log('warn', `job ${this.#job.id} lost its lock and is given up`);
       this.#command('drop');
     });
@@ -164,19 +175,65 @@ export class Island {
 
   /** One job: waits for the device, or gives the job back; then does it. What it throws is what BullMQ records. */
   async #take(worker: Worker, queue: ServedQueue, own: boolean, job: Job, token: string): Promise<unknown> {
-    const leave = await this.#gate.enter(own ? Number.POSITIVE_INFINITY : this.#config.worker.patienceMs);
-    if (leave === null) return this.#giveBack(worker, job, token);
-    let outcome: Outcome<JobTask>;
+    const startedAt = performance.now();
+    let outcome: { readonly ok: true; readonly value: unknown } | { readonly ok: false; readonly error: ErrorRecord } | null;
     try {
-      outcome = await this.#perform(queue, job);
+      const task = this.#understood(queue, job);
+      outcome = task.kind === 'checkpoint' ? await this.#save(own, job, task, startedAt) : await this.#inTurn(own, job, task);
     } catch (error) {
-      outcome = { ok: false, error: toErrorRecord(error), replica: null };
+      outcome = { ok: false, error: toErrorRecord(error) };
+    } finally {
+      this.#lost.delete(job.id!);
+    }
+    if (outcome === null) return this.#giveBack(worker, job, token);
+    if (outcome.ok) return outcome.value;
+    throw this.#failure(worker, job, outcome.error);
+  }
+
+  /** The task of a job. Throws MESSAGE_INVALID, or DEVICE_UNSUPPORTED where this device cannot do it. */
+  #understood(queue: ServedQueue, job: Job): TaskOf<JobTask> {
+    const kind = job.name as JobTask;
+    if (!JOBS[queue].includes(kind)) throw new NnError('MESSAGE_INVALID', `queue ${queue} has no jobs named ${JSON.stringify(job.name)}`, { queue });
+    const task = { kind, message: parseMessage(kind, job.data) } as TaskOf<JobTask>;
+    this.#requirePrecision(originOf(task));
+    return task;
+  }
+
+  /** A task on the device, when its turn comes; null when it does not. */
+  async #inTurn<Kind extends JobTask>(own: boolean, job: Job, task: TaskOf<Kind>): Promise<Outcome<Kind> | null> {
+    const leave = await this.#gate.enter(own ? Number.POSITIVE_INFINITY : this.#config.worker.patienceMs);
+    if (leave === null) return null;
+    try {
+      return (await this.#perform(job, task)) as Outcome<Kind>;
     } finally {
       this.#job = null;
       leave();
     }
-    if (outcome.ok) return outcome.value;
-    throw this.#failure(worker, job, outcome.error);
+  }
+
+  /** A checkpoint: the device is held while the state is copied, and free again while the files are written. */
+  async #save(own: boolean, job: Job, task: TaskOf<'checkpoint'>, startedAt: number): Promise<{ ok: true; value: Result<'checkpoint'> } | { ok: false; error: ErrorRecord } | null> {
+    const { message } = task;
+    const leave = await this.#background.enter(message);
+    if (leave === null) return null;
+    try {
+      let state = this.#background.copyOf(message);
+      if (state === null) {
+        const outcome = await this.#inTurn(own, job, task);
+        if (outcome === null || !outcome.ok) return outcome;
+        if ('written' in outcome.value) return { ok: true, value: outcome.value.written };
+        state = outcome.value.copied;
+      }
+      const { step, epoch, directory } = message;
+      const worker = this.#options.id;
+      const copied: Result<'checkpointProgress'> = { worker, epoch, step, copied: true };
+      job.updateProgress(copied).catch((error: Error) => this.#options.log('debug', `progress of job ${job.id}: ${error.message}`));
+      const written = await this.#background.write(message, state);
+      if (!written.ok) return written;
+      return { ok: true, value: { worker, epoch, step, directory, bytes: written.bytes, milliseconds: performance.now() - startedAt } };
+    } finally {
+      leave();
+    }
   }
 
   /** Puts a job back for others. The queue is left alone until this device is idle, or the same job would come at once. */
@@ -190,20 +247,18 @@ export class Island {
     throw new WaitingError();
   }
 
-  async #perform(queue: ServedQueue, job: Job): Promise<Outcome<JobTask>> {
-    const kind = job.name as JobTask;
-    if (!JOBS[queue].includes(kind)) throw new NnError('MESSAGE_INVALID', `queue ${queue} has no jobs named ${JSON.stringify(job.name)}`, { queue });
-    const task = { kind, message: parseMessage(kind, job.data) } as TaskOf<JobTask>;
+  async #perform(job: Job, task: TaskOf<JobTask>): Promise<Outcome<JobTask>> {
+    const { kind } = task;
     const origin = originOf(task);
-    this.#requirePrecision(origin);
+    if (kind === 'checkpoint') this.#background.forget();
     this.#job = { id: job.id!, kind };
     this.#controlCommand = 'run';
-    this.#localCommand = this.#draining ? 'yield' : 'run';
+    this.#localCommand = this.#lost.has(job.id!) ? 'drop' : this.#draining ? 'yield' : 'run';
     this.#command(this.#localCommand);
     const watch = origin === null ? null : await this.#control.watch(origin.run, origin.epoch, (command) => this.#onControl(command));
     const progress = new Progress(job, this.#options, origin?.epoch ?? 0);
     try {
-      if (this.#pool.signals.command === 'drop') throw new NnError('CANCELLED', `job ${job.id} is of an older epoch, or its run is over`, { job: job.id! });
+      if (this.#pool.signals.command === 'drop') throw new NnError('CANCELLED', `job ${job.id} is of an older epoch, or its run is over, or its lock is lost`, { job: job.id! });
       const outcome = await this.#pool.run(task, kind === 'steps' ? (report) => progress.report(report) : undefined);
       await progress.sent();
       if (origin !== null && (kind === 'shard' || kind === 'reduce')) await this.#forgetIfOver(origin.run);
@@ -266,6 +321,7 @@ export class Island {
   /** Deletes what a job may have put into the exchange after its run had been cleared away, and frees the run's replica. */
   async #forgetIfOver(run: string): Promise<void> {
     if ((await this.#control.read(run)) !== null) return;
+    this.#background.forget();
     this.#pool.signals.command = 'run';
     const outcome = await this.#pool.run({ kind: 'forget', run });
     if (!outcome.ok) this.#options.log('warn', `run ${run} could not be cleared away: ${outcome.error.message}`, outcome.error);

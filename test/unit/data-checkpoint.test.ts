@@ -1,7 +1,8 @@
 /** Checkpoints: complete or absent, the same bits back, every damage named; plain Hugging Face directories are read too. */
 import { execFileSync, spawnSync } from 'node:child_process';
-import { cpSync, existsSync, mkdirSync, readFileSync, readdirSync, renameSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { cpSync, existsSync, mkdirSync, readFileSync, readdirSync, renameSync, rmSync, truncateSync, utimesSync, writeFileSync } from 'node:fs';
+import { hostname } from 'node:os';
+import { basename, dirname, join } from 'node:path';
 import { expect } from 'chai';
 import * as fc from 'fast-check';
 import { PRESETS, elementCount, parameterShapes, validateModel } from '../../config/presets.ts';
@@ -283,6 +284,8 @@ describe('data: checkpoints', () => {
     await writeCheckpoint(directory.file('c/step-1'), failing).catch((error: Error) => (message = error.message));
     expect(message).to.equal('device gone');
     await expectRejection(writeCheckpoint(directory.file('c/step-1'), source(1, { tokenizer: directory.file('gone.json') })), 'FILE_NOT_FOUND', 'gone.json');
+    // Address 0 of any process: the one file that cannot be read but with EIO.
+    await expectRejection(writeCheckpoint(directory.file('c/step-1'), source(1, { tokenizer: '/proc/self/mem' })), 'DISK_FAULT', '/proc/self/mem', 'EIO');
     expect(readdirSync(directory.file('c'))).to.deep.equal([]);
   });
 
@@ -303,6 +306,24 @@ describe('data: checkpoints', () => {
     await writeCheckpoint(second, source(2));
     expect(readdirSync(dirname(first)).sort()).to.deep.equal(['step-1', 'step-2']);
     expectContents(second, 2, 'fp32');
+  });
+
+  it('removes what nobody has written to for a day, and nothing that somebody may be writing', async () => {
+    const of = (host: string, processId: number): string => directory.file(`.step-3.${host}.${processId}.0000000a.partial`);
+    const [elsewhere, old, own, living] = [of('elsewhere', 77), of('gone.example', 77), of(hostname(), process.pid), of(hostname(), process.ppid)];
+    const twoDaysAgo = new Date(Date.now() - 48 * 3_600_000);
+    for (const each of [elsewhere, old, own, living]) {
+      mkdirSync(join(each, 'training'), { recursive: true });
+      for (const file of ['model.safetensors', 'training/m.safetensors']) {
+        writeFileSync(join(each, file), 'x');
+        utimesSync(join(each, file), twoDaysAgo, twoDaysAgo);
+      }
+      for (const inner of [join(each, 'training'), each]) utimesSync(inner, twoDaysAgo, twoDaysAgo);
+    }
+    // Somebody far away, and somebody here with the number of a living process, write on; the file's own time tells.
+    for (const each of [elsewhere, living]) utimesSync(join(each, 'training/m.safetensors'), new Date(), new Date());
+    await writeCheckpoint(directory.file('step-4'), source(4));
+    expect(readdirSync(directory.path).sort()).to.deep.equal([elsewhere, living, directory.file('step-4')].map((path) => basename(path)).sort());
   });
 
   it('keeps the older checkpoint and removes the temporary one when the disk is full', async function () {

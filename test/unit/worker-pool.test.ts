@@ -1,7 +1,11 @@
-/** A compute thread that dies or hangs is a DEVICE_FAULT, which only a new process cures; nobody waits for it for ever. */
+/**
+ * A compute thread that dies or hangs is a DEVICE_FAULT, which only a new process cures; a writer thread that does fails its
+ * checkpoint and no more. Nobody waits for either for ever.
+ */
 import { expect } from 'chai';
 import { loadConfig } from '../../config/schema.ts';
-import { ComputePool } from '../../workers/pool.ts';
+import { ComputePool, WriterPool } from '../../workers/pool.ts';
+import type { WriteTask } from '../../workers/tasks.ts';
 
 const badThread = new URL('../support/worker-bad-thread.js', import.meta.url);
 
@@ -29,5 +33,21 @@ describe('compute pool', () => {
 
   it('closes by a task', async () => {
     await newPool().close();
+  });
+});
+
+describe('writer pool', () => {
+  const task = (directory: string): WriteTask => ({ directory }) as WriteTask;
+
+  it('names the checkpoint whose thread died or hung, and writes the next one', async () => {
+    const pool = new WriterPool(1_000, new URL('../support/worker-bad-writer.js', import.meta.url));
+    const died = await pool.write(task('/c/die'));
+    expect(died).to.deep.include({ ok: false });
+    if (!died.ok) expect(died.error).to.deep.include({ code: 'WORKER_LOST', context: { path: '/c/die' } });
+    const hung = await pool.write(task('/c/hang'));
+    if (!hung.ok) expect(hung.error).to.deep.include({ code: 'TIMEOUT', context: { path: '/c/hang' } });
+    expect(hung.ok).to.equal(false);
+    expect(await pool.write(task('/c/write'))).to.deep.equal({ ok: true, bytes: 7 });
+    await pool.close();
   });
 });

@@ -316,7 +316,17 @@ export class Trainer {
     decodeBf16(bits, into);
   }
 
-  /** Replaces it. After the last call, commitState. */
+  /** How the weights, m or v lie in memory. */
+  stateDtype(kind: StateKind): 'f32' | 'bf16' {
+    return kind !== 'weight' && this.#options.optimizer.stateDtype === 'bf16' ? 'bf16' : 'f32';
+  }
+
+  /** Elements offset .. offset+into.length-1 of the flat weights, m or v, padding included, of the type that stateDtype says. */
+  readFlat(kind: StateKind, offset: number, into: Float32Array | Uint16Array): void {
+    this.#device.download(into, slice(kind === 'weight' ? this.#master : this.#arena.tensor(kind), offset, into.length));
+  }
+
+  /** Replaces a whole parameter's master weight, m or v. After the last call, commitState. */
   writeState(kind: StateKind, parameter: PlacedParameter, from: Float32Array): void {
     const tensor = this.#stateOf(kind, parameter, from);
     if (tensor.dtype === 'f32') return this.#device.upload(tensor, from);

@@ -1,0 +1,295 @@
+/**
+ * Checkpoints written beside training, by real processes. A tokenizer that is a FIFO holds the writer in the middle of a checkpoint
+ * for exactly as long as a test wants: after the weights, before the optimizer state.
+ */
+import { execFileSync } from 'node:child_process';
+import { closeSync, constants, existsSync, mkdirSync, openSync, readFileSync, readdirSync, writeFileSync, writeSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { expect } from 'chai';
+import type { Job, Queue, QueueEvents } from 'bullmq';
+import { decodeFailure } from '../../config/errors.ts';
+import type { ErrorRecord } from '../../config/errors.ts';
+import { workerQueue } from '../../config/keys.ts';
+import { parseResult } from '../../config/messages.ts';
+import type { Result, WorkerRecord } from '../../config/messages.ts';
+import type { RunSpec } from '../../config/run-spec.ts';
+import { verifyCheckpoint } from '../../data/checkpoint-files.ts';
+import { startSupervisor } from '../../workers/main.ts';
+import type { Supervisor, SupervisorEvent } from '../../workers/main.ts';
+import { World, eventually, originOf } from './worker-helpers.ts';
+
+/** A tokenizer that its reader waits for. */
+class SlowFile {
+  readonly path: string;
+
+  constructor(path: string) {
+    this.path = path;
+    execFileSync('mkfifo', [path]);
+  }
+
+  /** Gives it to whoever waits for it, once somebody does. */
+  async give(): Promise<void> {
+    const descriptor = await eventually('a reader of the tokenizer', () => {
+      try {
+        return openSync(this.path, constants.O_WRONLY | constants.O_NONBLOCK);
+      } catch (error) {
+        if ((error as NodeJS.ErrnoException).code === 'ENXIO') return undefined;
+        throw error;
+      }
+    });
+    writeSync(descriptor, '{}');
+    closeSync(descriptor);
+  }
+}
+
+describe('checkpoints beside training', function () {
+  this.timeout(60_000);
+  let world: World;
+  let supervisors: Supervisor[] = [];
+  let log: SupervisorEvent[] = [];
+  let runs = 0;
+
+  interface Bench {
+    readonly id: string;
+    readonly supervisor: Supervisor;
+    readonly queue: Queue;
+    readonly events: QueueEvents;
+    /** Progress of checkpoints so far. */
+    readonly copied: Result<'checkpointProgress'>[];
+  }
+
+  const start = async (worker: Record<string, number> = {}): Promise<Bench> => {
+    const config = { ...world.config, worker: { ...world.config.worker, ...worker } };
+    const supervisor = startSupervisor({ config, device: { library: 'cpu', indices: 'cpu' }, count: 1, idPrefix: `c${runs++}`, onEvent: (event) => log.push(event) });
+    supervisors.push(supervisor);
+    await supervisor.ready;
+    const { id } = supervisor.workers()[0]!;
+    const { queue, events } = await world.queue(workerQueue('train', id));
+    const copied: Result<'checkpointProgress'>[] = [];
+    events.on('progress', ({ data }) => {
+      if ((data as { copied?: boolean }).copied === true) copied.push(parseResult('checkpointProgress', data));
+    });
+    return { id, supervisor, queue, events, copied };
+  };
+  const newSpec = async (tokenizer?: string): Promise<RunSpec> => {
+    const base = world.spec(`run-${runs++}`, { steps: 100_000 });
+    const spec = tokenizer === undefined ? base : { ...base, data: { ...base.data, tokenizer } };
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    return spec;
+  };
+  const slowFile = (): SlowFile => new SlowFile(join(world.directory, `tokenizer-${runs++}.json`));
+  const placeOf = (spec: RunSpec, step: number): string => join(world.directory, spec.name, 'checkpoints', `step-${step}`);
+  const steps = async ({ queue, events }: Bench, spec: RunSpec, fromStep: number, stepCount: number): Promise<Result<'steps'>> => {
+    const job = await queue.add('steps', { ...originOf(spec), fromStep, stepCount });
+    return parseResult('steps', await job.waitUntilFinished(events, 40_000));
+  };
+  const save = async ({ queue }: Bench, spec: RunSpec, step: number, options: object = {}): Promise<Job> =>
+    queue.add('checkpoint', { ...originOf(spec), step, directory: placeOf(spec, step) }, options);
+  const saved = async ({ events }: Bench, job: Job): Promise<Result<'checkpoint'>> => parseResult('checkpoint', await job.waitUntilFinished(events, 40_000));
+  const failed = async ({ events }: Bench, job: Job): Promise<ErrorRecord> => {
+    const error: unknown = await job.waitUntilFinished(events, 40_000).then(() => undefined, (reason: unknown) => reason);
+    expect(error, 'the job did not fail').to.be.instanceOf(Error);
+    return decodeFailure((error as Error).message);
+  };
+  const digestAt = async ({ queue, events }: Bench, spec: RunSpec, step: number, checkpoint: Parameters<typeof originOf>[2] = null): Promise<string> => {
+    const job = await queue.add('digest', { ...originOf(spec, 0, checkpoint), step });
+    return parseResult('digest', await job.waitUntilFinished(events, 40_000)).digest;
+  };
+  const incarnation = async ({ id }: Bench): Promise<string> => (JSON.parse((await world.redis.hget(world.names.workers, id))!) as WorkerRecord).incarnation;
+  /** Until a checkpoint's weights are written, so that its writer waits for the tokenizer, or soon will. */
+  const inTheMiddle = (spec: RunSpec): Promise<true> =>
+    eventually('a writer in the middle', () => {
+      const parent = dirname(placeOf(spec, 0));
+      const partial = existsSync(parent) ? readdirSync(parent).find((name) => name.endsWith('.partial')) : undefined;
+      return partial !== undefined && existsSync(join(parent, partial, 'model.safetensors')) ? true : undefined;
+    });
+  const filesBeside = (directory: string): string[] => readdirSync(dirname(directory));
+
+  before(async () => {
+    world = await World.start();
+  });
+  afterEach(async () => {
+    await Promise.all(supervisors.map((supervisor) => supervisor.stop()));
+    supervisors = [];
+    log = [];
+    await world.clear();
+  });
+  after(() => world.stop());
+
+  it('training goes on while the files are written, for longer than the lock, and the files hold the version that was asked for', async () => {
+    const bench = await start();
+    const slow = slowFile();
+    const spec = await newSpec(slow.path);
+    await steps(bench, spec, 0, 3);
+    const digest = await digestAt(bench, spec, 3);
+    const job = await save(bench, spec, 3);
+    await eventually('the word that the state is copied', () => bench.copied[0]);
+    expect(bench.copied).to.deep.equal([{ worker: bench.id, epoch: 0, step: 3, copied: true }]);
+    const { lockDurationMs } = world.config.queue;
+    const until = Date.now() + 2 * lockDurationMs;
+    let at = 3;
+    while (Date.now() < until) at += (await steps(bench, spec, at, 40)).stepsDone;
+    expect(at).to.be.greaterThan(3);
+    expect(await job.getState()).to.equal('active');
+    expect(filesBeside(placeOf(spec, 3))).to.have.lengthOf(1);
+    await slow.give();
+    const result = await saved(bench, job);
+    expect(result).to.include({ worker: bench.id, epoch: 0, step: 3, directory: placeOf(spec, 3) });
+    expect(result.milliseconds).to.be.greaterThan(2 * lockDurationMs);
+    expect(filesBeside(placeOf(spec, 3))).to.deep.equal(['step-3']);
+    expect(await verifyCheckpoint(placeOf(spec, 3))).to.deep.equal({ step: 3 });
+    expect((await bench.queue.getJob(job.id!))!.attemptsStarted, 'the lock was never lost').to.equal(1);
+    const other = await start();
+    expect(await digestAt(other, spec, 3, { directory: placeOf(spec, 3), step: 3 })).to.equal(digest);
+  });
+
+  it('jobs keep their order, one at a time on the device; a second checkpoint waits for the first', async () => {
+    const bench = await start();
+    const slow = slowFile();
+    const spec = await newSpec(slow.path);
+    await steps(bench, spec, 0, 2);
+    const first = await save(bench, spec, 2);
+    const more = await bench.queue.add('steps', { ...originOf(spec), fromStep: 2, stepCount: 2 });
+    const second = await save(bench, spec, 4);
+    const last = await bench.queue.add('steps', { ...originOf(spec), fromStep: 4, stepCount: 2 });
+    expect(parseResult('steps', await more.waitUntilFinished(bench.events, 40_000)).stepsDone).to.equal(2);
+    await eventually('the second checkpoint taken', async () => ((await second.getState()) === 'active' ? true : undefined));
+    await inTheMiddle(spec);
+    expect(bench.copied.map(({ step }) => step)).to.deep.equal([2]);
+    expect(await last.getState()).to.equal('waiting');
+    await slow.give();
+    await saved(bench, first);
+    await eventually('the second copied', () => bench.copied[1]);
+    expect(parseResult('steps', await last.waitUntilFinished(bench.events, 40_000)).stepsDone, 'beside the second').to.equal(2);
+    await slow.give();
+    await saved(bench, second);
+    for (const step of [2, 4]) expect(await verifyCheckpoint(placeOf(spec, step))).to.deep.equal({ step });
+  });
+
+  it('a copied checkpoint is finished whatever its run is told, but for the end of the run: that leaves nothing', async () => {
+    const bench = await start();
+    const slow = slowFile();
+    const spec = await newSpec(slow.path);
+    for (const [epoch, command] of [[0, 'yield'], [0, 'stop'], [7, 'run']] as const) {
+      await world.control(spec.name, { epoch: 0, command: 'run' });
+      const step = epoch + (command === 'stop' ? 1 : 0);
+      const job = await bench.queue.add('checkpoint', { ...originOf(spec), step: 0, directory: placeOf(spec, step) });
+      await inTheMiddle(spec);
+      await world.control(spec.name, { epoch, command });
+      // Twice as long as the worker needs to see it even when its message is lost.
+      await new Promise((resolve) => setTimeout(resolve, 2 * world.config.worker.controlPollMs));
+      await slow.give();
+      expect((await saved(bench, job)).directory).to.equal(placeOf(spec, step));
+    }
+    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const job = await save(bench, spec, 0);
+    await inTheMiddle(spec);
+    await world.redis.del(world.names.control(spec.name));
+    await world.redis.publish(world.names.controlChannel, spec.name);
+    await new Promise((resolve) => setTimeout(resolve, 2 * world.config.worker.controlPollMs));
+    await slow.give();
+    expect(await failed(bench, job)).to.include({ code: 'CANCELLED' });
+    expect(filesBeside(placeOf(spec, 0)).filter((name) => name.startsWith('.'))).to.deep.equal([]);
+  });
+
+  it('SIGTERM waits for the checkpoint that is being written', async () => {
+    const bench = await start();
+    const slow = slowFile();
+    const spec = await newSpec(slow.path);
+    const job = await save(bench, spec, 0);
+    await inTheMiddle(spec);
+    const stopped = bench.supervisor.stop();
+    await eventually('a draining worker', async () => ((await world.redis.hget(world.names.workers, bench.id))?.includes('draining') === true ? true : undefined));
+    await slow.give();
+    await stopped;
+    expect((await saved(bench, job)).step).to.equal(0);
+    expect(log.filter(({ type }) => type === 'exited')).to.have.lengthOf(1);
+    expect(log.find(({ type }) => type === 'exited')).to.include({ code: 0 });
+    expect(await verifyCheckpoint(placeOf(spec, 0))).to.deep.equal({ step: 0 });
+  });
+
+  it('SIGKILL in the middle leaves only a temporary directory, which the next attempt removes', async () => {
+    const bench = await start();
+    const slow = slowFile();
+    const spec = await newSpec(slow.path);
+    const job = await save(bench, spec, 0);
+    await inTheMiddle(spec);
+    process.kill(bench.supervisor.workers()[0]!.pid, 'SIGKILL');
+    await eventually('the end of the process', () => log.find(({ type }) => type === 'exited'));
+    expect(filesBeside(placeOf(spec, 0)).map((name) => /^\.step-0\..*\.partial$/.test(name))).to.deep.equal([true]);
+    await slow.give();
+    await saved(bench, job);
+    expect(filesBeside(placeOf(spec, 0))).to.deep.equal(['step-0']);
+  });
+
+  it('a full disk fails the attempt and not the worker; the next writes the same copy, though training went on', async function () {
+    const mount = join(world.directory, 'small');
+    mkdirSync(mount);
+    try {
+      execFileSync('mount', ['-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', mount], { stdio: 'pipe' });
+    } catch (error) {
+      console.error(`      skipped: a small tmpfs cannot be mounted here (${(error as Error).message.split('\n').at(-1)}); run as root to test a full disk`);
+      this.skip();
+    }
+    try {
+      const bench = await start();
+      const before = await incarnation(bench);
+      const spec = await newSpec();
+      const directory = join(mount, 'step-2');
+      await steps(bench, spec, 0, 2);
+      const digest = await digestAt(bench, spec, 2);
+      const job = await bench.queue.add('checkpoint', { ...originOf(spec), step: 2, directory }, { attempts: 2, backoff: { type: 'fixed', delay: 1_000 } });
+      await eventually('the first attempt', async () => ((await bench.queue.getJob(job.id!))!.attemptsMade === 1 ? true : undefined));
+      const reason = decodeFailure((await bench.queue.getJob(job.id!))!.failedReason);
+      expect(reason).to.include({ code: 'DISK_FULL' });
+      expect(reason.context['path']).to.contain('step-2');
+      expect(readdirSync(mount)).to.deep.equal([]);
+      expect((await steps(bench, spec, 2, 3)).stepsDone).to.equal(3);
+      execFileSync('mount', ['-o', 'remount,size=64m', mount]);
+      await saved(bench, job);
+      expect(await verifyCheckpoint(directory)).to.deep.equal({ step: 2 });
+      expect(await incarnation(bench)).to.equal(before);
+      expect((await steps(bench, spec, 5, 1)).stepsDone, 'the replica was not moved').to.equal(1);
+      const other = await start();
+      expect(await digestAt(other, spec, 2, { directory, step: 2 })).to.equal(digest);
+    } finally {
+      execFileSync('umount', [mount]);
+    }
+  });
+
+  it('a worker without memory for a copy writes as it trains, in turn', async () => {
+    const bench = await start({ checkpointCopyPercent: 0 });
+    const spec = await newSpec();
+    await steps(bench, spec, 0, 1);
+    const job = await save(bench, spec, 1);
+    const more = steps(bench, spec, 1, 1);
+    expect((await saved(bench, job)).bytes).to.be.greaterThan(0);
+    expect((await more).stepsDone).to.equal(1);
+    expect(bench.copied).to.deep.equal([]);
+    expect(await verifyCheckpoint(placeOf(spec, 1))).to.deep.equal({ step: 1 });
+  });
+
+  it('a hundred checkpoints take no more memory than a few', async () => {
+    const bench = await start();
+    const spec = await newSpec();
+    const residentBytes = (): number => {
+      const [, pages] = readFileSync(`/proc/${bench.supervisor.workers()[0]!.pid}/statm`, 'utf8').split(' ');
+      return Number(pages) * 4096;
+    };
+    const directory = placeOf(spec, 0);
+    const copyBytes = 3 * 4 * 250_000;
+    const round = async (count: number): Promise<void> => {
+      for (let index = 0; index < count; index++) {
+        await saved(bench, await save(bench, spec, 0, { removeOnComplete: true }));
+        // Another of that name is replaced, so that each is written whole.
+        writeFileSync(join(directory, 'manifest.json'), '{}');
+      }
+    };
+    await round(20);
+    const before = residentBytes();
+    await round(100);
+    const grown = residentBytes() - before;
+    console.log(`      grown by ${(grown / 1e6).toFixed(1)} MB in 100 checkpoints of ${(copyBytes / 1e6).toFixed(1)} MB`);
+    expect(grown).to.be.lessThan(20e6);
+  });
+});

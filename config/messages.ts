@@ -187,6 +187,32 @@ export interface WorkerRecord {
 export type RunPhase = 'queued' | 'running' | 'pausing' | 'paused' | 'completed' | 'failed' | 'cancelled';
 export const TERMINAL_PHASES: readonly RunPhase[] = ['completed', 'failed', 'cancelled'];
 
+/** From the moment an orchestrator takes a queued run up until it is over; `retry` begins another. */
+export interface RunAttempt {
+  /** From 1. */
+  readonly number: number;
+  readonly startedAtMs: number;
+  /** Null: it goes on. */
+  readonly endedAtMs: number | null;
+  /** The version that it began at: that of a checkpoint, or 0. */
+  readonly fromStep: number;
+  /** Steps of the run counted at its end, or now. */
+  readonly toStep: number;
+  /** Where it ended, or stands. */
+  readonly phase: RunPhase;
+  readonly error: ErrorRecord | null;
+  /** Time in phase `running`, as far as orchestrators saw it. */
+  readonly runningMs: number;
+}
+
+export interface RunFault {
+  readonly atMs: number;
+  readonly what: string;
+  /** Who had the job, where that is known. */
+  readonly worker: string | null;
+  readonly error: ErrorRecord;
+}
+
 /** What Redis and the run's directory keep of a run; `status` prints it. */
 export interface RunRecord {
   readonly run: string;
@@ -206,8 +232,14 @@ export interface RunRecord {
   /** How steps are computed now, and why. */
   readonly way: { readonly exchange: 'local' | 'redis' | 'nccl'; readonly workers: number; readonly reason: string } | null;
   readonly skippedSteps: number;
-  /** Faults, oldest first, the last 100. */
-  readonly faults: readonly { readonly atMs: number; readonly what: string; readonly error: ErrorRecord }[];
+  /** Faults, oldest first, the last 100; all of them lie in the run's faults.jsonl. */
+  readonly faults: readonly RunFault[];
+  /** How many faults there ever were, by code. */
+  readonly faultCounts: Readonly<Record<string, number>>;
+  /** Oldest first, the last 50. */
+  readonly attempts: readonly RunAttempt[];
+  /** Time in phase `running` over all attempts, as far as orchestrators saw it. */
+  readonly runningMs: number;
   readonly error: ErrorRecord | null;
   readonly createdAtMs: number;
   readonly startedAtMs: number | null;
@@ -221,4 +253,4 @@ export type RunEvent =
   | { readonly type: 'eval'; readonly step: number; readonly loss: number; readonly atMs: number }
   | { readonly type: 'checkpoint'; readonly step: number; readonly directory: string; readonly atMs: number }
   | { readonly type: 'way'; readonly exchange: string; readonly workers: number; readonly reason: string; readonly atMs: number }
-  | { readonly type: 'fault'; readonly what: string; readonly error: ErrorRecord; readonly atMs: number };
+  | ({ readonly type: 'fault' } & RunFault);

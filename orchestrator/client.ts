@@ -1,5 +1,5 @@
 /**
- * The library that scripts import as `cuda-nn`: start runs, follow, pause, resume and cancel them, evaluate and sample
+ * The library that scripts import as `cuda-nn`: start runs, follow, pause, resume, cancel and retry them, evaluate and sample
  * checkpoints. The command line and the HTTP API are written on it. It talks to Redis only; the work is done elsewhere.
  */
 import { randomUUID } from 'node:crypto';
@@ -24,7 +24,7 @@ import type { Wish } from './run-store.ts';
 
 export { NnError } from '../config/errors.ts';
 export type { ErrorCode } from '../config/errors.ts';
-export type { Result, RunEvent, RunPhase, RunRecord, StepReport, WorkerRecord } from '../config/messages.ts';
+export type { Result, RunAttempt, RunEvent, RunFault, RunPhase, RunRecord, StepReport, WorkerRecord } from '../config/messages.ts';
 export type { RunSpec, RunSpecInput } from '../config/run-spec.ts';
 export { loadConfig } from '../config/schema.ts';
 export type { Config } from '../config/schema.ts';
@@ -106,6 +106,7 @@ export class Client {
       config: this.#config,
       within: (work, what) => this.#within(work, what),
       hasJob: (run) => this.#queues.hasRun(run),
+      addJob: (run, priority) => this.#queues.addRun(run, priority),
       openReader: () => {
         const reader = openRedis(this.#url, this.#config, 'blocking');
         this.#readers.add(reader);
@@ -216,6 +217,7 @@ interface RunContext {
   readonly config: Config;
   readonly within: <Value>(work: Promise<Value>, what: string) => Promise<Value>;
   readonly hasJob: (run: string) => Promise<boolean>;
+  readonly addJob: (run: string, priority: number) => Promise<void>;
   readonly openReader: () => Redis;
   readonly closeReader: (reader: Redis) => void;
 }
@@ -318,6 +320,18 @@ export class Run {
 
   cancel(): Promise<void> {
     return this.#wish('cancel');
+  }
+
+  /**
+   * Tries a failed or cancelled run again, from its last checkpoint; what comes out are the bits of a run that never failed.
+   * Returns the record of the run, queued. Throws RUN_NOT_FOUND, or RUN_STATE when the run is live or completed.
+   */
+  async retry(): Promise<RunRecord> {
+    const { store, within, addJob } = this.#context;
+    const record = await within(store.retry(this.id), `run ${this.id}`);
+    // Where the job of the last attempt is still there, the orchestrator that has it adds the new one.
+    await within(addJob(this.id, (await store.read(this.id)).spec.priority), `run ${this.id}`);
+    return record;
   }
 
   async #wish(wish: Wish): Promise<void> {

@@ -10,12 +10,14 @@ import { join, resolve } from 'node:path';
 import type { Logger } from 'pino';
 import { NnError, toErrorRecord } from '../config/errors.ts';
 import { TERMINAL_PHASES } from '../config/messages.ts';
-import type { RunEvent } from '../config/messages.ts';
+import type { RunEvent, RunFault } from '../config/messages.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import type { Config } from '../config/schema.ts';
+import { failedRecord } from './attempts.ts';
 import { deleteCheckpoint, findCheckpoints } from './checkpoints.ts';
 import type { ExchangeKeys } from './exchange-keys.ts';
 import { History } from './history.ts';
+import { FaultLog } from './fault-log.ts';
 import { RunMetrics, claimDirectory } from './metrics.ts';
 import { gradientBytes } from './plan.ts';
 import type { JobEvent, Queues } from './queues.ts';
@@ -60,6 +62,7 @@ export class Driver {
   #state!: RunState;
   #metrics!: RunMetrics;
   #history!: History;
+  #faults!: FaultLog;
   readonly #effects: Effect[] = [];
   #pumping = false;
   #lastWish: Wish | null = null;
@@ -97,8 +100,8 @@ export class Driver {
     if (stored === null) return 'done';
     await store.own(this.#run, this.#token);
     if (TERMINAL_PHASES.includes(stored.record.phase)) {
-      await this.#cleanUp(0);
-      await store.sweep(this.#run);
+      await this.#eraseWork(stored.record.epoch, 0);
+      await store.sweep(this.#run, this.#token);
       return 'done';
     }
     this.#spec = stored.spec;
@@ -136,6 +139,7 @@ export class Driver {
     const [{ record }, control, found] = await Promise.all([store.read(this.#run), store.readControl(this.#run), findCheckpoints(this.#directory)]);
     this.#metrics = new RunMetrics(this.#directory, Date.now());
     this.#history = new History(this.#directory, this.#token);
+    this.#faults = new FaultLog(this.#directory);
     const { counted } = this.#metrics;
     const reached = counted?.step ?? record.step;
     const checkpoints = found.good.filter((checkpoint) => checkpoint.step <= reached);
@@ -155,7 +159,7 @@ export class Driver {
         backoffMs: queue.backoffMs,
         backoffMaximumMs: Math.max(queue.backoffMs, redis.retryMaximumMs),
       },
-      { record, control, counted, checkpoints, logThrough },
+      { record, control, counted, faults: this.#faults.before, checkpoints, logThrough },
     );
     this.#logger.info({ phase: record.phase, step: this.#state.step, epoch: this.#state.epoch }, record.phase === 'queued' ? 'run begins' : 'run is taken up');
     const { phase, epoch, step: at } = this.#state;
@@ -192,9 +196,10 @@ export class Driver {
     this.#logger.error(toErrorRecord(error), 'run fails');
     const { record } = await store.read(this.#run);
     const atMs = Date.now();
-    const failed = { ...record, phase: 'failed', error: toErrorRecord(error), finishedAtMs: atMs } as const;
+    const failed = failedRecord(record, toErrorRecord(error), atMs);
     await store.close(this.#run, this.#token, failed, { type: 'phase', phase: 'failed', atMs });
-    await this.#cleanUp(0);
+    await this.#eraseWork(record.epoch, 0);
+    await store.leave(this.#run, this.#token);
   }
 
   // --- Hearing ------------------------------------------------------------------------------------------------------
@@ -296,12 +301,13 @@ export class Driver {
         if (effect.event.type === 'phase') this.#logger.info(`run is ${effect.event.phase}`);
         if (effect.event.type === 'fault') this.#logger.warn(effect.event.error, `fault: ${effect.event.what}`);
         if (effect.event.type === 'phase') return this.#announce(effect.event);
-        this.#background('event', store.publish(this.#run, effect.event));
+        if (effect.event.type === 'fault') this.#logFault(effect.event);
+        this.#background('event', store.publish(this.#run, this.#token, effect.event));
         return null;
       case 'claim':
-        return watch.claim(this.#run, effect.workers).then((workers) => this.#hear({ type: 'claimed', workers }));
+        return watch.claim(this.#run, this.#token, effect.workers).then((workers) => this.#hear({ type: 'claimed', workers }));
       case 'release':
-        return watch.release(this.#run, effect.workers);
+        return watch.release(this.#run, this.#token, effect.workers);
       case 'remove':
         return queues.remove(effect.jobs);
       case 'lookup':
@@ -326,7 +332,7 @@ export class Driver {
       this.#lastWord = event;
       return null;
     }
-    return store.writeRecord(this.#run, this.#token, recordOf(this.#state)).then(() => store.publish(this.#run, event));
+    return store.writeRecord(this.#run, this.#token, recordOf(this.#state)).then(() => store.publish(this.#run, this.#token, event));
   }
 
   /** A disk that is full is a fault once; the lines wait in memory for room. */
@@ -348,6 +354,16 @@ export class Driver {
       this.#history.sync();
     } catch (error) {
       this.#hear({ type: 'fault', what: 'metrics', error: toErrorRecord(error) });
+    }
+  }
+
+  /** A disk that is full is told of by the metrics: the line waits in memory for the next. */
+  #logFault(fault: RunFault): void {
+    const { epoch, step: at, shown } = this.#state;
+    try {
+      this.#faults.append(fault, { attempt: shown.attempts.at(-1)?.number ?? 0, epoch, step: at });
+    } catch (error) {
+      this.#logger.warn(toErrorRecord(error), 'fault not written down');
     }
   }
 
@@ -394,18 +410,23 @@ export class Driver {
     const completed = this.#state.phase === 'completed';
     this.#syncFiles();
     await this.#recordWriting;
-    if (completed) await this.#cleanUp(ERASE_WAIT_MS);
+    const { epoch } = this.#state;
+    if (completed) await this.#eraseWork(epoch, ERASE_WAIT_MS);
     await store.close(this.#run, this.#token, recordOf(this.#state), this.#lastWord!);
-    if (!completed) await this.#cleanUp(config.orchestrator.requestTimeoutMs);
+    if (!completed) await this.#eraseWork(epoch, config.orchestrator.requestTimeoutMs);
+    await store.leave(this.#run, this.#token);
     this.#end('done');
   }
 
-  /** Jobs, gradients and claims of the run are deleted; jobs that a worker still holds after `waitMs` are torn from it. */
-  async #cleanUp(waitMs: number): Promise<void> {
-    const { queues, exchange, watch, othersActive } = this.#context;
-    await queues.erase(this.#run, waitMs);
-    await exchange.erase(this.#run);
-    await watch.releaseAll(this.#run);
+  /**
+   * Jobs, gradients and claims of the run are deleted; jobs that a worker still holds after `waitMs` are torn from it. What
+   * belongs to another attempt, which may have begun meanwhile, is not touched: its epoch is above, its owner another.
+   */
+  async #eraseWork(throughEpoch: number, waitMs: number): Promise<void> {
+    const { queues, exchange, store, watch, othersActive } = this.#context;
+    await queues.erase(this.#run, throughEpoch, waitMs);
+    await exchange.erase(this.#run, () => store.owns(this.#run, this.#token));
+    await watch.releaseAll(this.#run, this.#token);
     if (!othersActive(this.#run)) await queues.trimEvents();
   }
 
@@ -419,6 +440,7 @@ export class Driver {
     }
     this.#metrics.close();
     this.#history?.close();
+    this.#faults?.close();
   }
 }
 

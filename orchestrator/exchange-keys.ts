@@ -44,12 +44,13 @@ export class ExchangeKeys {
     }
   }
 
-  /** Deletes everything of a run. */
-  async erase(run: string): Promise<void> {
+  /** Deletes everything of a run, a page at a time, while `mayGoOn` says so. */
+  async erase(run: string, mayGoOn: () => Promise<boolean>): Promise<void> {
     let cursor = '0';
     do {
       const [next, page] = await this.#redis.scan(cursor, 'MATCH', `${this.#names.exchangeOf(run)}*`, 'COUNT', PAGE);
       cursor = next;
+      if (page.length > 0 && !(await mayGoOn())) return;
       if (page.length > 0) await this.#redis.unlink(page);
     } while (cursor !== '0');
   }

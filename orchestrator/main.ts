@@ -66,7 +66,17 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
     } finally {
       active.delete(run);
     }
-  });
+  }, (run) => void requeue(run));
+
+  /** A run that was put back to `queued` while its last attempt was being cleared away has lost its job by that. */
+  const requeue = async (run: string): Promise<void> => {
+    try {
+      const { record, spec } = await store.read(run);
+      if (!TERMINAL_PHASES.includes(record.phase)) await queues.addRun(run, spec.priority);
+    } catch (error) {
+      onError(error as Error);
+    }
+  };
 
   const janitor = async (): Promise<void> => {
     try {

@@ -209,11 +209,14 @@ export class Queues {
     await Promise.all(jobs.map((job) => this.queue(nameOf(job)).remove(job.id, { removeChildren: false })));
   }
 
-  /** Removes every job of a run, wherever: those held by a worker once it lets go, or after `waitMs` at the latest. */
-  async erase(run: string, waitMs: number): Promise<void> {
+  /**
+   * Removes every job of a run up to an epoch, wherever: those held by a worker once it lets go, or after `waitMs` at the
+   * latest. Jobs of later epochs are those of another attempt.
+   */
+  async erase(run: string, throughEpoch: number, waitMs: number): Promise<void> {
     const deadline = Date.now() + waitMs;
     for (;;) {
-      const jobs = await this.#keysOf(run);
+      const jobs = await this.#keysOf(run, throughEpoch);
       const ids = [...jobs.values()];
       if (ids.length === 0) return;
       const force = Date.now() >= deadline;
@@ -221,9 +224,9 @@ export class Queues {
         if (force) await this.#redis.del(`${this.queue(name).toKey(id)}:lock`);
         await this.queue(name).remove(id, { removeChildren: false });
       }
-      if ((await this.#keysOf(run)).size === 0) return;
+      if ((await this.#keysOf(run, throughEpoch)).size === 0) return;
       if (force) {
-        await this.#redis.unlink([...(await this.#keysOf(run)).keys()]);
+        await this.#redis.unlink([...(await this.#keysOf(run, throughEpoch)).keys()]);
         return;
       }
       await new Promise((resolve) => setTimeout(resolve, 25));
@@ -231,7 +234,7 @@ export class Queues {
   }
 
   /** Redis keys of the run's jobs -> queue and id. */
-  async #keysOf(run: string): Promise<Map<string, { name: string; id: string }>> {
+  async #keysOf(run: string, throughEpoch: number): Promise<Map<string, { name: string; id: string }>> {
     const { prefix } = this.#config.redis;
     const found = new Map<string, { name: string; id: string }>();
     let cursor = '0';
@@ -240,7 +243,8 @@ export class Queues {
       cursor = next;
       for (const key of page) {
         const [name, id] = key.slice(prefix.length + 1).split(':', 2) as [string, string];
-        if (parseJobId(id)?.run === run) found.set(key, { name, id });
+        const parts = parseJobId(id);
+        if (parts?.run === run && parts.epoch <= throughEpoch) found.set(key, { name, id });
       }
     } while (cursor !== '0');
     return found;
@@ -282,9 +286,10 @@ export class Queues {
 
   /**
    * Takes runs and drives each with `drive` until it returns: `done`, or `handover` to give the run back for another
-   * orchestrator. The signal fires when the run is lost to another (the lock was not renewed in time) or on `stop`.
+   * orchestrator. The signal fires when the run is lost to another (the lock was not renewed in time) or on `stop`. `onGone`
+   * is called when the job of a run has left the queue, so that another may be added.
    */
-  serveRuns(drive: (run: string, signal: AbortSignal) => Promise<'done' | 'handover'>): { stop(): Promise<void> } {
+  serveRuns(drive: (run: string, signal: AbortSignal) => Promise<'done' | 'handover'>, onGone: (run: string) => void): { stop(): Promise<void> } {
     const { queue, orchestrator, redis } = this.#config;
     const driving = new Map<string, AbortController>();
     let stopping = false;
@@ -315,6 +320,7 @@ export class Queues {
       },
     );
     worker.on('error', this.#onError);
+    worker.on('completed', (job: Job) => onGone((job.data as { run: string }).run));
     worker.on('lockRenewalFailed', (ids) => {
       for (const id of ids) driving.get(id)?.abort('lost');
     });

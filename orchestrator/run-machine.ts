@@ -27,17 +27,17 @@
 import type { ErrorRecord } from '../config/errors.ts';
 import { ERROR_KINDS } from '../config/errors.ts';
 import { parseMessage, parseResult, results, TERMINAL_PHASES } from '../config/messages.ts';
-import type { Result, RunEvent, RunPhase, StepReport } from '../config/messages.ts';
+import type { Result, RunEvent, RunFault, RunPhase, StepReport } from '../config/messages.ts';
 import { tokensPerStep } from '../config/run-spec.ts';
+import { beginAttempt, changeAttempt, endAttempt } from './attempts.ts';
 import { checkpointDue, checkpointsToDelete, chooseWay, comparisonDue, evalDue, nextBoundary } from './plan.ts';
 import type { Way, WorkerView } from './plan.ts';
-import { jobId, parseJobId } from './run-state.ts';
+import { FAULTS_KEPT, jobId, parseJobId } from './run-state.ts';
 import type { Activity, Effect, HistoryEntry, Holder, JobAddress, MachineEvent, NewJob, RunState, StepSource } from './run-state.ts';
 
 type Draft = { -readonly [Key in keyof RunState]: RunState[Key] };
 type Of<Kind extends Activity['kind']> = Extract<Activity, { kind: Kind }>;
 
-const FAULTS_KEPT = 100;
 /** Steps whose shard digests are remembered, for late reports. */
 const DIGESTS_KEPT = 4;
 /** Weight of the newest in a smoothed measurement. */
@@ -47,6 +47,7 @@ const SMOOTHING = 0.3;
 export function step(state: RunState, event: MachineEvent): { readonly state: RunState; readonly effects: readonly Effect[] } {
   if (TERMINAL_PHASES.includes(state.phase)) return { state, effects: [] };
   const machine = new Machine({ ...state }, event.atMs);
+  machine.passTime();
   machine.hear(event);
   return { state: machine.state, effects: machine.effects };
 }
@@ -60,6 +61,17 @@ class Machine {
   constructor(state: Draft, atMs: number) {
     this.state = state;
     this.atMs = atMs;
+  }
+
+  /** Time between two events belongs to the phase that the first left behind; time without an orchestrator to none. */
+  passTime(): void {
+    const { state, atMs } = this;
+    const spentMs = state.clockMs === null ? 0 : Math.max(0, atMs - state.clockMs);
+    state.clockMs = atMs;
+    if (state.phase !== 'running' || spentMs === 0) return;
+    const { shown } = state;
+    const attempts = changeAttempt(shown.attempts, ({ runningMs }) => ({ runningMs: runningMs + spentMs }));
+    state.shown = { ...shown, attempts, runningMs: shown.runningMs + spentMs };
   }
 
   hear(event: MachineEvent): void {
@@ -86,14 +98,16 @@ class Machine {
     const state = this.state;
     state.ready = true;
     state.lastNewsMs = this.atMs;
-    if (state.phase === 'queued') {
-      state.shown = { ...state.shown, startedAtMs: this.atMs };
-      this.enter('running');
-    }
     if (state.activity === null && state.home === null) {
       const { run } = state.settings;
       const holder = state.workers.find((worker) => worker.heldBy === run && worker.replica?.run === run && worker.replica.step === state.version);
       if (holder !== undefined) state.home = { id: holder.id, incarnation: holder.incarnation };
+    }
+    const fromStep = state.activity === null && state.home === null ? Math.min(state.version, state.sharedVersion) : state.version;
+    state.shown = { ...state.shown, attempts: beginAttempt(state.shown.attempts, { fromStep, atMs: this.atMs }) };
+    if (state.phase === 'queued') {
+      state.shown = { ...state.shown, startedAtMs: state.shown.startedAtMs ?? this.atMs };
+      this.enter('running');
     }
     this.hearWorkers(state.workers);
   }
@@ -311,7 +325,7 @@ class Machine {
       this.raiseEpoch();
       return this.decide();
     }
-    this.fault(`${this.activityName()} (${id})`, error);
+    this.fault(`${this.activityName()} (${id})`, error, this.activityJobs().find((job) => job.id === id)!.worker);
     if (this.blamesOwnCheckpoint(error)) {
       this.giveUp();
       this.state.home = null;
@@ -608,7 +622,9 @@ class Machine {
 
   private finish(phase: 'completed' | 'failed' | 'cancelled', error: ErrorRecord | null): void {
     const jobs = this.activityJobs();
-    this.state.shown = { ...this.state.shown, error, finishedAtMs: this.atMs };
+    const { shown, step } = this.state;
+    const attempts = endAttempt(shown.attempts, { phase, toStep: step, atMs: this.atMs, error });
+    this.state.shown = { ...shown, attempts, error, finishedAtMs: this.atMs };
     if (phase !== 'completed') this.state.epoch++;
     this.control('stop');
     if (jobs.length > 0) this.effects.push({ type: 'remove', jobs });
@@ -761,11 +777,15 @@ class Machine {
     this.effects.push({ type: 'publish', event });
   }
 
-  private fault(what: string, error: ErrorRecord): void {
+  /** `by`: the worker that had the job, if the error itself names none. */
+  private fault(what: string, error: ErrorRecord, by: string | null = null): void {
     const { shown } = this.state;
-    this.state.shown = { ...shown, faults: [...shown.faults, { atMs: this.atMs, what, error }].slice(-FAULTS_KEPT) };
+    const named = error.context['worker'];
+    const fault: RunFault = { atMs: this.atMs, what, worker: typeof named === 'string' ? named : by, error };
+    const faultCounts = { ...shown.faultCounts, [error.code]: (shown.faultCounts[error.code] ?? 0) + 1 };
+    this.state.shown = { ...shown, faultCounts, faults: [...shown.faults, fault].slice(-FAULTS_KEPT) };
     this.note({ type: 'fault', what, code: error.code });
-    this.publish({ type: 'fault', what, error, atMs: this.atMs });
+    this.publish({ type: 'fault', ...fault });
   }
 
   private over(): boolean {

@@ -6,7 +6,11 @@ import type { ErrorRecord } from '../config/errors.ts';
 import type { Control } from '../config/keys.ts';
 import type { Result, RunEvent, RunPhase, RunRecord, StepReport } from '../config/messages.ts';
 import type { RunSpec } from '../config/run-spec.ts';
+import { changeAttempt } from './attempts.ts';
 import type { CheckpointPlace, Measurements, Way, WorkerView } from './plan.ts';
+
+/** Faults that the record holds, the newest. */
+export const FAULTS_KEPT = 100;
 
 /** The knobs that the machine obeys, and where its run lives. Constant for the life of a driver. */
 export interface RunSettings {
@@ -129,6 +133,8 @@ export interface RunState {
   readonly lastStepAtMs: number | null;
   /** A fault about the present silence was recorded already. */
   readonly silenceRecorded: boolean;
+  /** When this machine last heard anything; null: not yet. */
+  readonly clockMs: number | null;
   /** What the record shows and nothing decides by. */
   readonly shown: {
     readonly lastReport: StepReport | null;
@@ -139,6 +145,9 @@ export interface RunState {
     readonly weightsDigest: string | null;
     readonly skippedSteps: number;
     readonly faults: RunRecord['faults'];
+    readonly faultCounts: RunRecord['faultCounts'];
+    readonly attempts: RunRecord['attempts'];
+    readonly runningMs: number;
     readonly error: ErrorRecord | null;
     readonly createdAtMs: number;
     readonly startedAtMs: number | null;
@@ -226,6 +235,8 @@ export interface Recovered {
   readonly control: Control | null;
   /** From metrics.jsonl; it wins over the record, which is written later. */
   readonly counted: { readonly step: number; readonly lastReport: StepReport | null; readonly skippedInARow: number; readonly lastEvalStep: number } | null;
+  /** From faults.jsonl; null: there is none. */
+  readonly faults: Pick<RunRecord, 'faults' | 'faultCounts'> | null;
   readonly checkpoints: readonly CheckpointPlace[];
   /** Reduced gradients lie in the exchange without a gap from the newest checkpoint up to here. */
   readonly logThrough: number;
@@ -234,6 +245,8 @@ export interface Recovered {
 export function initialState(settings: RunSettings, recovered: Recovered): RunState {
   const { record, counted, checkpoints } = recovered;
   const step = counted?.step ?? record.step;
+  // Steps that were skipped in earlier attempts do not end this one.
+  const stepsBefore = record.attempts.findLast((attempt) => attempt.endedAtMs !== null)?.toStep ?? 0;
   const newest = checkpoints.at(-1)?.step ?? 0;
   return {
     settings,
@@ -258,13 +271,14 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
     measurements: { shardComputeMs: null, exchangeBytesPerMs: null },
     lastEvalStep: Math.max(counted?.lastEvalStep ?? -1, record.validation?.step ?? -1, record.validationBefore === null ? -1 : 0),
     lastComparisonStep: 0,
-    skippedInARow: counted?.skippedInARow ?? 0,
+    skippedInARow: Math.max(0, Math.min(counted?.skippedInARow ?? 0, step - stepsBefore)),
     replans: 0,
     losses: 0,
     notBeforeMs: 0,
     lastNewsMs: 0,
     lastStepAtMs: null,
     silenceRecorded: false,
+    clockMs: null,
     shown: {
       lastReport: counted?.lastReport ?? record.lastReport,
       firstLoss: record.firstLoss,
@@ -273,7 +287,10 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
       tokensPerSecond: record.tokensPerSecond,
       weightsDigest: record.weightsDigest,
       skippedSteps: record.skippedSteps,
-      faults: record.faults,
+      faults: recovered.faults?.faults ?? record.faults,
+      faultCounts: recovered.faults?.faultCounts ?? record.faultCounts,
+      attempts: record.attempts,
+      runningMs: record.runningMs,
       error: record.error,
       createdAtMs: record.createdAtMs,
       startedAtMs: record.startedAtMs,
@@ -286,7 +303,7 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
 export function queuedRecord(run: string, spec: RunSpec, atMs: number): RunRecord {
   return {
     run, phase: 'queued', step: 0, steps: spec.steps, epoch: 0, checkpoint: null, lastReport: null, firstLoss: null, validation: null,
-    validationBefore: null, tokensPerSecond: null, weightsDigest: null, way: null, skippedSteps: 0, faults: [], error: null,
+    validationBefore: null, tokensPerSecond: null, weightsDigest: null, way: null, skippedSteps: 0, faults: [], faultCounts: {}, attempts: [], runningMs: 0, error: null,
     createdAtMs: atMs, startedAtMs: null, finishedAtMs: null,
   };
 }
@@ -309,6 +326,9 @@ export function recordOf(state: RunState): RunRecord {
     way: way === null ? null : { exchange: way.exchange, workers: way.workers.length, reason: way.reason },
     skippedSteps: shown.skippedSteps,
     faults: shown.faults,
+    faultCounts: shown.faultCounts,
+    attempts: changeAttempt(shown.attempts, () => ({ toStep: state.step, phase: state.phase })),
+    runningMs: shown.runningMs,
     error: shown.error,
     createdAtMs: shown.createdAtMs,
     startedAtMs: shown.startedAtMs,

@@ -3,14 +3,16 @@
  * driver that owns the run, and one whose token is no longer there changes nothing. Called by client.ts (creating, reading,
  * wishing) and driver.ts (the rest). Names are in config/keys.ts.
  */
+import { randomUUID } from 'node:crypto';
 import { NnError } from '../config/errors.ts';
 import { keys } from '../config/keys.ts';
 import type { Control } from '../config/keys.ts';
 import { TERMINAL_PHASES } from '../config/messages.ts';
-import type { RunEvent, RunRecord } from '../config/messages.ts';
+import type { RunEvent, RunPhase, RunRecord } from '../config/messages.ts';
 import type { Redis } from '../config/redis.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import type { Config } from '../config/schema.ts';
+import { retriedRecord } from './attempts.ts';
 
 export type Wish = 'pause' | 'resume' | 'cancel';
 
@@ -21,8 +23,17 @@ const OWNED = `local owner = redis.call('hget', KEYS[1], 'driver') if owner ~= A
 const WRITE_RECORD = `${OWNED} redis.call('hset', KEYS[1], 'record', ARGV[2]) return 1`;
 const WRITE_CONTROL = `${OWNED} redis.call('set', KEYS[2], ARGV[2]) redis.call('publish', KEYS[3], ARGV[3]) return 1`;
 const DELETE_CONTROL = `${OWNED} redis.call('del', KEYS[2]) redis.call('publish', KEYS[3], ARGV[2]) return 1`;
-const CLOSE = `${OWNED} redis.call('hset', KEYS[1], 'record', ARGV[2]) redis.call('del', KEYS[2]) redis.call('hdel', KEYS[1], 'driver')
+const CLOSE = `${OWNED} redis.call('hset', KEYS[1], 'record', ARGV[2]) redis.call('del', KEYS[2])
 redis.call('xadd', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'e', ARGV[4]) redis.call('expire', KEYS[3], ARGV[5]) return 1`;
+
+const PUBLISH = `${OWNED} redis.call('xadd', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'e', ARGV[3]) return 1`;
+const LEAVE = `${OWNED} redis.call('hdel', KEYS[1], 'driver') return 1`;
+const SWEEP = `${OWNED} redis.call('del', KEYS[2], KEYS[3]) redis.call('expire', KEYS[4], ARGV[2]) redis.call('publish', KEYS[5], ARGV[3])
+redis.call('hdel', KEYS[1], 'driver') return 1`;
+/** Only if nobody changed the record since it was read; a driver of before loses the run by the new token. */
+const RETRY = `if redis.call('hget', KEYS[1], 'record') ~= ARGV[1] then return 0 end
+redis.call('hset', KEYS[1], 'record', ARGV[2], 'driver', ARGV[3]) redis.call('del', KEYS[2], KEYS[3], KEYS[4])
+redis.call('xadd', KEYS[4], '*', 'e', ARGV[4]) redis.call('publish', KEYS[5], ARGV[5]) return 1`;
 
 /** A driver found that the run is another's now: it must stop without a further word. */
 export class Fenced extends Error {}
@@ -56,15 +67,15 @@ export class RunStore {
   async read(run: string): Promise<StoredRun> {
     const [spec, record] = await this.#redis.hmget(this.#names.run(run), 'spec', 'record');
     if (spec === null || spec === undefined || record === null || record === undefined) {
-      throw new NnError('RUN_NOT_FOUND', `there is no run named ${JSON.stringify(run)}; \`cuda-nn runs\` lists those there are`, { run });
+      throw notFound(run);
     }
-    return { spec: JSON.parse(spec) as RunSpec, record: JSON.parse(record) as RunRecord };
+    return { spec: JSON.parse(spec) as RunSpec, record: readRecord(record) };
   }
 
   async records(): Promise<RunRecord[]> {
     const ids = await this.ids();
     const texts = await Promise.all(ids.map((run) => this.#redis.hget(this.#names.run(run), 'record')));
-    return texts.flatMap((text) => (text === null ? [] : [JSON.parse(text) as RunRecord]));
+    return texts.flatMap((text) => (text === null ? [] : [readRecord(text)]));
   }
 
   /** Throws RUN_NOT_FOUND, or RUN_STATE when the run is over. */
@@ -106,7 +117,7 @@ export class RunStore {
     this.#mustOwn(await this.#redis.eval(DELETE_CONTROL, 3, hash(run), key(run), controlChannel, token, run));
   }
 
-  /** The last word: final record, final event; wish and owner are deleted, the events expire. Throws Fenced. */
+  /** The last word: final record, final event; the wish is deleted, the events expire. The driver still cleans up. Throws Fenced. */
   async close(run: string, token: string, record: RunRecord, last: RunEvent): Promise<void> {
     const { run: hash, wish, events } = this.#names;
     const { eventsKept, eventsExpireSeconds } = this.#config.orchestrator;
@@ -117,17 +128,56 @@ export class RunStore {
     if (reply !== 1) throw new Fenced('another orchestrator drives this run');
   }
 
-  async publish(run: string, event: RunEvent): Promise<void> {
-    await this.#redis.xadd(this.#names.events(run), 'MAXLEN', '~', this.#config.orchestrator.eventsKept, '*', 'e', JSON.stringify(event));
+  /** Throws Fenced. */
+  async publish(run: string, token: string, event: RunEvent): Promise<void> {
+    const { run: hash, events } = this.#names;
+    this.#mustOwn(await this.#redis.eval(PUBLISH, 2, hash(run), events(run), token, this.#config.orchestrator.eventsKept, JSON.stringify(event)));
+  }
+
+  /** Whether the run is still this driver's. */
+  async owns(run: string, token: string): Promise<boolean> {
+    return (await this.#redis.hget(this.#names.run(run), 'driver')) === token;
+  }
+
+  /** The driver has done all that it had to. */
+  async leave(run: string, token: string): Promise<void> {
+    await this.#redis.eval(LEAVE, 1, this.#names.run(run), token);
+  }
+
+  /**
+   * Puts a run that failed or was cancelled back to `queued`, for a new attempt; of several who ask at once one succeeds.
+   * Whoever drove it before can change nothing any more. Throws RUN_NOT_FOUND, or RUN_STATE when it is live or completed.
+   */
+  async retry(run: string): Promise<RunRecord> {
+    const { run: hash, wish, control, events, controlChannel } = this.#names;
+    const text = await this.#redis.hget(hash(run), 'record');
+    if (text === null) throw notFound(run);
+    const before = readRecord(text);
+    const refuse = (phase: RunPhase): NnError => new NnError('RUN_STATE', `run ${run} is ${phase}; only a run that failed or was cancelled can be tried again`, { run, phase });
+    if (before.phase !== 'failed' && before.phase !== 'cancelled') throw refuse(before.phase);
+    const next = retriedRecord(before);
+    const event: RunEvent = { type: 'phase', phase: 'queued', atMs: Date.now() };
+    const names = [hash(run), wish(run), control(run), events(run), controlChannel];
+    const done = await this.#redis.eval(RETRY, names.length, ...names, text, JSON.stringify(next), `retry ${randomUUID()}`, JSON.stringify(event), run);
+    if (done !== 1) throw refuse((await this.read(run)).record.phase);
+    return next;
   }
 
   /** What is left of a run that is over, besides its record: should a crash have left any. */
-  async sweep(run: string): Promise<void> {
-    await this.#redis.hdel(this.#names.run(run), 'driver');
-    await this.#redis.del(this.#names.control(run), this.#names.wish(run));
-    await this.#redis.publish(this.#names.controlChannel, run);
-    await this.#redis.expire(this.#names.events(run), this.#config.orchestrator.eventsExpireSeconds);
+  async sweep(run: string, token: string): Promise<void> {
+    const { run: hash, control, wish, events, controlChannel } = this.#names;
+    const names = [hash(run), control(run), wish(run), events(run), controlChannel];
+    await this.#redis.eval(SWEEP, names.length, ...names, token, this.#config.orchestrator.eventsExpireSeconds, run);
   }
+}
+
+const notFound = (run: string): NnError => new NnError('RUN_NOT_FOUND', `there is no run named ${JSON.stringify(run)}; \`cuda-nn runs\` lists those there are`, { run });
+
+/** A record as this version has it: one that an older version wrote lacks some fields. */
+export function readRecord(text: string): RunRecord {
+  const record = JSON.parse(text) as RunRecord;
+  const faults = (record.faults ?? []).map((fault) => ({ ...fault, worker: fault.worker ?? null }));
+  return { ...record, faults, faultCounts: record.faultCounts ?? {}, attempts: record.attempts ?? [], runningMs: record.runningMs ?? 0 };
 }
 
 const PAST: Record<Wish, string> = { pause: 'paused', resume: 'resumed', cancel: 'cancelled' };

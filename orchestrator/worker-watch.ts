@@ -18,8 +18,10 @@ interface Sighting {
   alive: boolean;
 }
 
-/** Frees a claim only of the run that holds it. */
-const RELEASE = `for i = 2, #ARGV do if redis.call('hget', KEYS[1], ARGV[i]) == ARGV[1] then redis.call('hdel', KEYS[1], ARGV[i]) end end return 1`;
+/** Only the run's own driver claims and releases for it; a claim is freed only of the run that holds it. */
+const OWNED = `if redis.call('hget', KEYS[2], 'driver') ~= ARGV[2] then return 0 end`;
+const CLAIM = `${OWNED} for i = 3, #ARGV do redis.call('hsetnx', KEYS[1], ARGV[i], ARGV[1]) end return 1`;
+const RELEASE = `${OWNED} for i = 3, #ARGV do if redis.call('hget', KEYS[1], ARGV[i]) == ARGV[1] then redis.call('hdel', KEYS[1], ARGV[i]) end end return 1`;
 /** Removes a dead worker's record only if it is still the one that was judged. */
 const BURY = `if redis.call('hget', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('hdel', KEYS[1], ARGV[1]) end return 0`;
 /** Dead workers' records are kept for some multiples of deadAfterMs, for people to see. */
@@ -139,24 +141,24 @@ export class WorkerWatch {
     for (const listener of this.#listeners) listener(this.#views);
   }
 
-  /** Claims those of `workers` that no run holds; returns how things stand after. */
-  async claim(run: string, workers: readonly string[]): Promise<readonly WorkerView[]> {
-    await Promise.all(workers.map((id) => this.#redis.hsetnx(this.#names.claims, id, run)));
+  /** Claims those of `workers` that no run holds; returns how things stand after. `token`: of the driver that owns the run. */
+  async claim(run: string, token: string, workers: readonly string[]): Promise<readonly WorkerView[]> {
+    await this.#redis.eval(CLAIM, 2, this.#names.claims, this.#names.run(run), run, token, ...workers);
     await this.#looking;
     await this.look();
     return this.#views;
   }
 
-  async release(run: string, workers: readonly string[]): Promise<void> {
-    await this.#redis.eval(RELEASE, 1, this.#names.claims, run, ...workers);
+  async release(run: string, token: string, workers: readonly string[]): Promise<void> {
+    await this.#redis.eval(RELEASE, 2, this.#names.claims, this.#names.run(run), run, token, ...workers);
     await this.#looking;
     await this.look();
   }
 
   /** Frees every claim of a run, also on workers that nobody knows any more. */
-  async releaseAll(run: string): Promise<void> {
+  async releaseAll(run: string, token: string): Promise<void> {
     const claims = await this.#redis.hgetall(this.#names.claims);
     const own = Object.keys(claims).filter((id) => claims[id] === run);
-    if (own.length > 0) await this.release(run, own);
+    if (own.length > 0) await this.release(run, token, own);
   }
 }

@@ -1,5 +1,5 @@
 /**
- * The commands about runs: train, runs, status, logs, pause, resume, cancel. All are written on the Client library and
+ * The commands about runs: train, runs, status, logs, pause, resume, cancel, retry. All are written on the Client library and
  * need services that are up. Called by main.ts.
  */
 import { existsSync } from 'node:fs';
@@ -42,6 +42,9 @@ const PHASE_STYLE = { queued: 'dim', running: 'cyan', pausing: 'yellow', paused:
 const phaseText = (record: RunRecord): string => paint(PHASE_STYLE[record.phase], record.phase);
 const instant = (milliseconds: number): string => new Date(milliseconds).toISOString().replace('T', ' ').slice(0, 19);
 
+/** Attempts and faults that `status` shows; --json has those of the record. */
+const SHOWN = 10;
+
 /** How long a run has been at it, or took. */
 const elapsed = (record: RunRecord): string =>
   record.startedAtMs === null ? '-' : formatDuration((record.finishedAtMs ?? Date.now()) - record.startedAtMs);
@@ -72,7 +75,8 @@ async function listRuns(options: { json?: boolean }): Promise<void> {
   });
 }
 
-function describeRun(record: RunRecord): string[] {
+/** A run in lines of 80 columns: what `status` prints. */
+export function describeRun(record: RunRecord): string[] {
   const rows: [string, string][] = [
     ['run', record.run],
     ['phase', phaseText(record)],
@@ -90,8 +94,33 @@ function describeRun(record: RunRecord): string[] {
   if (record.skippedSteps > 0) rows.push(['skipped', `${record.skippedSteps} steps with gradients that were not finite`]);
   rows.push(['created', `${instant(record.createdAtMs)} UTC`], ['time', elapsed(record)]);
   if (record.error !== null) rows.push(['error', printable(`${record.error.code}: ${record.error.message}`)]);
-  for (const fault of record.faults) rows.push(['fault', printable(`${instant(fault.atMs)} ${fault.what}: ${fault.error.code}: ${fault.error.message}`)]);
-  return fields(rows);
+  return fields([...rows, ...attemptRows(record), ...faultRows(record)]);
+}
+
+/** An attempt in a line: its steps, its time, how it ended. One attempt that goes well needs none. */
+function attemptRows({ attempts }: RunRecord): [string, string][] {
+  if (attempts.length < 2 && attempts[0]?.error == null) return [];
+  return attempts.slice(-SHOWN).map((attempt): [string, string] => {
+    const { number, startedAtMs, fromStep, toStep, phase, error, runningMs } = attempt;
+    const end = error === null ? phase : printable(`${phase}, ${error.code}`);
+    return [`attempt ${number}`, `${instant(startedAtMs)} steps ${fromStep} to ${toStep}, ${formatDuration(runningMs)} running: ${end}`];
+  });
+}
+
+/** How many there were of each code, and the newest with time and cause. */
+function faultRows({ faults, faultCounts }: RunRecord): [string, string][] {
+  const counts = Object.entries(faultCounts).toSorted((a, b) => b[1] - a[1]);
+  if (counts.length === 0) return [];
+  const shown = faults.slice(-SHOWN);
+  const all = counts.reduce((sum, [, count]) => sum + count, 0);
+  const rest = all > shown.length ? `; the last ${shown.length} (all: faults.jsonl)` : '';
+  return [
+    ['faults', printable(`${counts.map(([code, count]) => `${count} ${code}`).join(', ')}${rest}`)],
+    ...shown.map(({ atMs, what, worker, error }): [string, string] => {
+      const where = worker === null || error.message.includes(worker) ? '' : ` on ${worker}`;
+      return ['fault', printable(`${instant(atMs)} ${what}${where}: ${error.code}: ${error.message}`)];
+    }),
+  ];
 }
 
 async function status(name: string, options: { json?: boolean }): Promise<void> {
@@ -152,13 +181,13 @@ async function logs(name: string, options: { follow?: boolean; json?: boolean })
   });
 }
 
-type Verb = 'pause' | 'resume' | 'cancel';
+type Verb = 'pause' | 'resume' | 'cancel' | 'retry';
 
 async function control(verb: Verb, name: string, options: { json?: boolean }): Promise<void> {
   await withLifetime(async (life) => {
     const client = await connect(life, loadConfig());
     const run = client.run(name);
-    await life.until(run[verb]());
+    await life.until<unknown>(run[verb]());
     const record = await life.until(run.record());
     printResult(options.json, { run: name, asked: verb, phase: record.phase }, () => [`${name}: ${verb} asked for, now ${record.phase}`]);
   });
@@ -182,7 +211,8 @@ export function registerRunCommands(program: Command): void {
   const controls: Record<Verb, string> = {
     pause: 'stop a run at its next step, keeping all',
     resume: 'go on with a paused run',
-    cancel: 'end a run for good',
+    cancel: 'end a run; what it has is kept',
+    retry: 'try a failed or cancelled run again from its last checkpoint',
   };
   for (const [verb, what] of Object.entries(controls) as [Verb, string][]) {
     json(program.command(verb)).argument('<run>').description(what).action((name: string, options: { json?: boolean }) => control(verb, name, options));

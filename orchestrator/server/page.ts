@@ -132,7 +132,26 @@ function chart(curve) {
 
 const wayText = ({ workers, exchange, reason }) => (workers > 0 ? workers + (workers === 1 ? ' worker, ' : ' workers, ') + exchange + ': ' : '') + reason;
 
-function runCard(run, opened) {
+const list = (id, open, title, lines) =>
+  el('details', { open, id }, el('summary', {}, title), el('ul', {}, ...lines.map((line) => el('li', {}, line))));
+
+function faultList(run, open) {
+  if (run.faults.length === 0) return null;
+  const counts = Object.entries(run.faultCounts).sort((a, b) => b[1] - a[1]);
+  const all = counts.reduce((sum, [, count]) => sum + count, 0);
+  const title = all + (all === 1 ? ' fault: ' : ' faults: ') + counts.map(([code, count]) => count + ' ' + code).join(', ');
+  return list('faults-' + run.run, open, title, run.faults.slice(-20).reverse().map(({ atMs, what, worker, error }) =>
+    new Date(atMs).toLocaleTimeString() + ' ' + what + (worker ? ' (' + worker + ')' : '') + ': ' + error.code + ', ' + error.message));
+}
+
+function attemptList(run, open) {
+  if (run.attempts.length < 2) return null;
+  const attempts = run.attempts.slice(-10).reverse();
+  return list('attempts-' + run.run, open, 'attempt ' + attempts[0].number, attempts.map(({ number: nth, fromStep, toStep, runningMs, phase, error }) =>
+    nth + ': steps ' + fromStep + ' to ' + toStep + ', ' + duration(runningMs) + ', ' + phase + (error ? ', ' + error.code : '')));
+}
+
+function runCard(run, opened, openedAttempts) {
   const facts = [
     ['step', number(run.step) + ' / ' + number(run.steps)],
     ['loss', loss(run.lastReport && run.lastReport.loss)],
@@ -141,9 +160,8 @@ function runCard(run, opened) {
     ['time', run.startedAtMs === null ? '\\u2013' : duration((run.finishedAtMs || Date.now()) - run.startedAtMs)],
   ];
   if (run.skippedSteps > 0) facts.push(['skipped', number(run.skippedSteps)]);
-  const faults = run.faults.slice(-20).reverse();
   const verb = (name) => el('button', { type: 'button', onclick: () => ask('/api/runs/' + encodeURIComponent(run.run) + '/' + name, { method: 'POST' }).then(draw, say) }, name);
-  const verbs = { queued: ['cancel'], running: ['pause', 'cancel'], pausing: ['resume', 'cancel'], paused: ['resume', 'cancel'] }[run.phase] || [];
+  const verbs = { queued: ['cancel'], running: ['pause', 'cancel'], pausing: ['resume', 'cancel'], paused: ['resume', 'cancel'], failed: ['retry'], cancelled: ['retry'] }[run.phase] || [];
   return el('article', { className: 'card' },
     el('div', { className: 'top' }, el('h3', {}, run.run), el('span', { className: 'phase ' + run.phase }, run.phase)),
     el('progress', { max: run.steps, value: run.step, ariaLabel: 'steps of ' + run.run }),
@@ -151,8 +169,8 @@ function runCard(run, opened) {
     el('dl', {}, ...facts.map(([name, value]) => el('div', {}, el('dt', {}, name), el('dd', {}, value)))),
     run.way && LIVE.includes(run.phase) ? el('p', { className: 'quiet' }, wayText(run.way)) : null,
     run.error ? el('p', { className: 'error' }, run.error.code + ': ' + run.error.message) : null,
-    faults.length > 0 ? el('details', { open: opened, id: 'faults-' + run.run }, el('summary', {}, run.faults.length + (run.faults.length === 1 ? ' fault' : ' faults')),
-      el('ul', {}, ...faults.map((fault) => el('li', {}, new Date(fault.atMs).toLocaleTimeString() + ' ' + fault.what + ': ' + fault.error.code + ', ' + fault.error.message)))) : null,
+    faultList(run, opened),
+    attemptList(run, openedAttempts),
     verbs.length > 0 ? el('div', { className: 'verbs' }, ...verbs.map(verb)) : null);
 }
 
@@ -179,7 +197,7 @@ async function draw() {
   const focus = document.activeElement && document.activeElement.tagName === 'BUTTON' && byId('runs').contains(document.activeElement);
   if (!focus) {
     const open = new Set([...document.querySelectorAll('details[open]')].map((node) => node.id));
-    const cards = runs.slice(0, 100).map((run) => runCard(run, open.has('faults-' + run.run)));
+    const cards = runs.slice(0, 100).map((run) => runCard(run, open.has('faults-' + run.run), open.has('attempts-' + run.run)));
     byId('runs').replaceChildren(...(runs.length === 0 ? [el('p', { className: 'none' }, 'No run yet: cuda-nn train SPEC')] : cards));
   }
   const rows = workers.map(({ id, state, device, host, replica }) => [id, state, device.name, host, replica ? replica.run + ' @ ' + replica.step : '\\u2013']);

@@ -4,7 +4,7 @@
  *
  *   GET  /                          the page             POST /login  {token}            a session cookie
  *   GET  /api/runs  /api/runs/:id   records              POST /api/runs  spec            queue a run
- *   GET  /api/runs/:id/events       server-sent events   POST /api/runs/:id/{pause,resume,cancel}
+ *   GET  /api/runs/:id/events       server-sent events   POST /api/runs/:id/{pause,resume,cancel,retry}
  *   GET  /api/runs/:id/curve        loss by step         GET  /healthz  /metrics         liveness, Prometheus
  *   GET  /api/workers  /api/queues                       *    /queues                    bull-board
  */
@@ -151,7 +151,7 @@ function api(app: FastifyInstance, client: Client, histories: Histories): void {
     const run = await client.train(request.body as RunSpecInput);
     return reply.status(201).header('location', `/api/runs/${run.id}`).send(await run.record());
   });
-  for (const verb of ['pause', 'resume', 'cancel'] as const) {
+  for (const verb of ['pause', 'resume', 'cancel', 'retry'] as const) {
     app.post<ById>(`/api/runs/:id/${verb}`, async (request, reply) => {
       await client.run(request.params.id)[verb]();
       return reply.status(202).send({ run: request.params.id, asked: verb });

@@ -481,7 +481,7 @@ export class World {
     let logThrough = good.at(-1)?.step ?? 0;
     while (logThrough < this.metrics.length && this.#sums.has(logThrough + 1)) logThrough++;
     const counted = this.metrics.length === 0 ? null : { step: this.metrics.length, lastReport: this.metrics.at(-1)!, skippedInARow: 0, lastEvalStep: this.#lastEval };
-    this.#state = initialState(this.#settings, { record: this.#record, control: this.#control, counted, checkpoints: good, logThrough });
+    this.#state = initialState(this.#settings, { record: this.#record, control: this.#control, counted, faults: null, checkpoints: good, logThrough });
     const { phase, epoch, step } = this.#state;
     this.history.push({ driver: `d${generation}`, type: 'taken', atMs: this.now, epoch, phase, step, checkpoint: good.at(-1)?.step ?? 0 });
     this.#hear({ type: 'workers', workers: this.#views() });

@@ -71,9 +71,14 @@ describe('orchestrator: HTTP server', function () {
     await until('paused', async () => (await run.record()).phase === 'paused');
     expect((await fetch(`${url}/api/runs/verbs/cancel`, { method: 'POST' })).status).to.equal(202);
     await run.ended();
+    expect((await fetch(`${url}/api/runs/verbs/retry`, { method: 'POST' })).status).to.equal(202);
+    await until('running again', async () => (await run.record()).phase === 'running');
+    await run.cancel();
+    expect((await run.ended()).attempts.map(({ phase }) => phase)).to.deep.equal(['cancelled', 'cancelled']);
     const post = (body: unknown): Promise<Response> => fetch(`${url}/api/runs`, { method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(body) });
     for (const [reply, status, code] of [
       [await fetch(`${url}/api/runs/verbs/pause`, { method: 'POST' }), 409, 'RUN_STATE'],
+      [await fetch(`${url}/api/runs/web/retry`, { method: 'POST' }), 409, 'RUN_STATE'],
       [await fetch(`${url}/api/runs/nobody`), 404, 'RUN_NOT_FOUND'],
       [await post({ ...cluster.spec('x'), colour: 'blue' }), 400, 'SPEC_INVALID'],
       [await post(cluster.spec('verbs')), 409, 'RUN_EXISTS'],

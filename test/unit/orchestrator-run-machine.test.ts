@@ -41,7 +41,7 @@ class Table {
         run: 'r', spec: checked, checkpointRoot: 'c', logSteps: 100, maxReplans: 3, stepsPerJob: 100, lookupMs: 300, jobTimeoutMs: 2_000,
         backoffMs: 10, backoffMaximumMs: 10, ...settings,
       },
-      { record: queuedRecord('r', checked, 0), control, counted: null, checkpoints: [], logThrough: 0 },
+      { record: queuedRecord('r', checked, 0), control, counted: null, faults: null, checkpoints: [], logThrough: 0 },
     );
     if (control !== null) return;
     this.tell({ type: 'workers', workers: this.workers });

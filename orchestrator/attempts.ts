@@ -1,0 +1,52 @@
+/**
+ * The attempts of a run as its record tells them: begun, ended, and a record made ready for another. PURE: no IO, no clock.
+ * Called by run-machine.ts and driver.ts (begin, end) and client.ts (retry).
+ */
+import type { ErrorRecord } from '../config/errors.ts';
+import type { RunAttempt, RunPhase, RunRecord } from '../config/messages.ts';
+
+const ATTEMPTS_KEPT = 50;
+
+type Attempts = readonly RunAttempt[];
+
+
+/** The attempt that goes on, if one does. */
+export function openAttempt(attempts: Attempts): RunAttempt | null {
+  const last = attempts.at(-1);
+  return last?.endedAtMs === null ? last : null;
+}
+
+/** With one more attempt, unless one goes on already: a run that changes orchestrators is in the same. */
+export function beginAttempt(attempts: Attempts, { fromStep, atMs }: { fromStep: number; atMs: number }): Attempts {
+  if (openAttempt(attempts) !== null) return attempts;
+  const next: RunAttempt = {
+    number: (attempts.at(-1)?.number ?? 0) + 1, startedAtMs: atMs, endedAtMs: null, fromStep, toStep: fromStep, phase: 'running', error: null, runningMs: 0,
+  };
+  return [...attempts, next].slice(-ATTEMPTS_KEPT);
+}
+
+/** The attempt that goes on, changed; nothing if none does. */
+export function changeAttempt(attempts: Attempts, change: (open: RunAttempt) => Partial<RunAttempt>): Attempts {
+  const open = openAttempt(attempts);
+  return open === null ? attempts : [...attempts.slice(0, -1), { ...open, ...change(open) }];
+}
+
+export interface End {
+  readonly phase: RunPhase;
+  readonly toStep: number;
+  readonly atMs: number;
+  readonly error: ErrorRecord | null;
+}
+
+export const endAttempt = (attempts: Attempts, { phase, toStep, atMs, error }: End): Attempts => changeAttempt(attempts, () => ({ phase, toStep, error, endedAtMs: atMs }));
+
+/** The record of a run that could not even be taken up: an attempt of no length. */
+export function failedRecord(record: RunRecord, error: ErrorRecord, atMs: number): RunRecord {
+  const attempts = beginAttempt(record.attempts, { fromStep: record.step, atMs });
+  return { ...record, phase: 'failed', error, finishedAtMs: atMs, attempts: endAttempt(attempts, { phase: 'failed', toStep: record.step, atMs, error }) };
+}
+
+/** The record of a run that is to be tried again. Its epoch is above that of every job of the attempts before. */
+export const retriedRecord = (record: RunRecord): RunRecord => ({
+  ...record, phase: 'queued', epoch: record.epoch + 1, error: null, finishedAtMs: null, weightsDigest: null, way: null, tokensPerSecond: null,
+});

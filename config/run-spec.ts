@@ -98,6 +98,8 @@ const specSchema = z.strictObject({
   compareDigestsEvery: countOrZero.default(50),
   /** Steps in a row with NaN or infinite gradients after which the run stops. */
   maxNonFiniteSteps: count.default(5),
+  /** Seconds in phase `running` after which an attempt at the run ends as failed, at a checkpoint; a retry has them anew. 0: no limit. */
+  maxDurationSeconds: countOrZero.default(0),
   /** 1 is served first. */
   priority: z.int().min(1).max(1000).default(100),
   /** Start from the weights of this checkpoint directory (not its optimizer state) instead of random ones. */

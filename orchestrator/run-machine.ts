@@ -8,6 +8,7 @@
  *   running    pause                       pausing    Control `stop`; a flow is given up (epoch + 1), other jobs end by themselves
  *   running    last digest reported        completed  finish
  *   running    never-failure, too many     failed     epoch + 1, Control `stop`, finish
+ *   running    maxDurationSeconds are over failed     at the step boundary, after a checkpoint; finish
  *   running    checkpoint meets DISK_FULL  paused     the worker stays claimed, its replica is kept
  *   pausing    nothing under way           paused     after a checkpoint, if the version is nowhere else; release the workers
  *   pausing    resume                      running    Control `run` before the next job
@@ -72,6 +73,17 @@ class Machine {
     const { shown } = state;
     const attempts = changeAttempt(shown.attempts, ({ runningMs }) => ({ runningMs: runningMs + spentMs }));
     state.shown = { ...shown, attempts, runningMs: shown.runningMs + spentMs };
+    this.limitTime(attempts.at(-1)?.runningMs ?? 0);
+  }
+
+  /** The attempt has used up its time: it ends at the next step boundary, unless all that is left is to finish. */
+  private limitTime(runningMs: number): void {
+    const { state } = this;
+    const { maxDurationSeconds: limit, steps } = state.settings.spec;
+    if (!(limit > 0) || runningMs < 1000 * limit || state.ending !== null || !state.ready || state.version >= steps) return;
+    const message = `running for ${limit} s, as long as maxDurationSeconds allows; \`cuda-nn retry\` goes on from step ${state.version} or a little later for as long again`;
+    state.ending = { code: 'TIME_LIMIT', message, context: { seconds: limit } };
+    if (state.activity?.kind === 'steps' && state.command === 'run') this.control('yield');
   }
 
   hear(event: MachineEvent): void {
@@ -455,6 +467,7 @@ class Machine {
     if (!state.ready || state.activity !== null || this.atMs < state.notBeforeMs) return;
     if (state.phase === 'pausing') return this.decidePausing();
     if (state.phase !== 'running') return;
+    if (state.ending !== null) return this.decideEnding(state.ending);
     const way = this.wanted();
     this.setWay(way);
     if (!this.standOnGround(way)) return;
@@ -495,6 +508,15 @@ class Machine {
     return false;
   }
 
+  /** What was computed is kept if anybody has it; then the run fails. */
+  private decideEnding(error: ErrorRecord): void {
+    const { home, version, sharedVersion, checkpoints, claims, workers } = this.state;
+    const other = version <= sharedVersion ? workers.find((worker) => claims.includes(worker.id)) : undefined;
+    const at = home ?? other ?? null;
+    if (at !== null && version > (checkpoints.at(-1)?.step ?? 0)) return this.addCheckpoint({ id: at.id, incarnation: at.incarnation });
+    this.fail(error);
+  }
+
   private decidePausing(): void {
     const { home, version, checkpoints } = this.state;
     if (home !== null && version > (checkpoints.at(-1)?.step ?? 0)) return this.addCheckpoint(home);
@@ -503,6 +525,7 @@ class Machine {
 
   /** Nothing is released: the version lies nowhere but in its worker, and `resume` tries the checkpoint again there. */
   private pauseOnFullDisk(): void {
+    if (this.state.ending !== null) return this.fail(this.state.ending);
     this.enter('paused');
   }
 

@@ -133,6 +133,8 @@ export interface RunState {
   readonly lastStepAtMs: number | null;
   /** A fault about the present silence was recorded already. */
   readonly silenceRecorded: boolean;
+  /** Why the run is to fail at the next step boundary, after a checkpoint; null: it is not. */
+  readonly ending: ErrorRecord | null;
   /** When this machine last heard anything; null: not yet. */
   readonly clockMs: number | null;
   /** What the record shows and nothing decides by. */
@@ -278,6 +280,7 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
     lastNewsMs: 0,
     lastStepAtMs: null,
     silenceRecorded: false,
+    ending: null,
     clockMs: null,
     shown: {
       lastReport: counted?.lastReport ?? record.lastReport,

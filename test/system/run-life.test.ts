@@ -92,6 +92,26 @@ describe('orchestrator: the life of a run', function () {
     expect(await refusal(cluster.client.run('nobody').retry())).to.equal('RUN_NOT_FOUND');
   });
 
+  it('a run that used up its time stands at a checkpoint; each retry has the time anew, and the bits are the same', async () => {
+    await cluster.orchestrate();
+    await cluster.work('w1', { shardMs: 8 });
+    const changes = { steps: 60, maxDurationSeconds: 1, checkpoint: { every: 0 } };
+    const run = await cluster.client.train(cluster.spec('limited', changes));
+    let record = await run.ended();
+    expect(record).to.include({ phase: 'failed' });
+    const failure = await run.wait().then(() => null, (error: unknown) => error);
+    expect(failure).to.have.property('code', 'RUN_FAILED');
+    for (; record.phase === 'failed'; record = await run.ended()) {
+      expect(record.error?.code).to.equal('TIME_LIMIT');
+      expect(record.checkpoint?.step).to.equal(record.step);
+      expect(record.attempts.at(-1)!.runningMs).to.be.within(1_000, 5_000);
+      expect(record.attempts.length).to.be.below(20);
+      await run.retry();
+    }
+    expectUndisturbed('limited', record, changes);
+    for (const [index, { fromStep }] of record.attempts.entries()) expect(fromStep).to.equal(record.attempts[index - 1]?.toStep ?? 0);
+  });
+
   it('of several retries at once one succeeds', async () => {
     await cluster.orchestrate();
     let mended = false;

@@ -361,6 +361,58 @@ describe('run machine: who holds what', () => {
   });
 });
 
+describe('run machine: a limit of time', () => {
+  const limited = (spec: Partial<RunSpecInput> = {}, workers = ['a']): Table => new Table({ parallelism: Math.max(1, workers.length), maxDurationSeconds: 10, ...spec }, workers);
+  const commands = (table: Table): string[] => table.effects.flatMap((effect) => (effect.type === 'control' ? [effect.control.command] : []));
+  const completeCheckpoint = (table: Table): Table => {
+    const { id, data, worker: by } = table.last('checkpoint');
+    const { directory, epoch, step: at } = data as { directory: string; epoch: number; step: number };
+    return table.tell({ type: 'completed', id, result: { worker: by, epoch, step: at, directory, bytes: 1, milliseconds: 1 } });
+  };
+
+  it('ends an attempt at the step boundary, after a checkpoint, with a code of its own', () => {
+    const table = limited().wait(9_999);
+    expect(commands(table)).not.to.include('yield');
+    table.wait(1);
+    expect(commands(table).at(-1)).to.equal('yield');
+    expect(table.state.phase).to.equal('running');
+    table.completeSteps(4);
+    expect(table.last('checkpoint').data).to.include({ step: 4 });
+    completeCheckpoint(table);
+    expect(table.state).to.include({ phase: 'failed', step: 4 });
+    expect(table.state.shown.error).to.have.property('code', 'TIME_LIMIT');
+    expect(table.state.shown.attempts.at(-1)).to.deep.include({ number: 1, fromStep: 0, toStep: 4, runningMs: 10_000, phase: 'failed' });
+  });
+
+  it('lets the step of a flow end; what is shared is written down by whoever is there', () => {
+    const table = limited({}, ['a', 'b']).wait(12_000);
+    expect(table.state.phase).to.equal('running');
+    table.completeReduce('stranger');
+    expect(table.last('checkpoint').data).to.include({ step: 1 });
+    expect(completeCheckpoint(table).state.phase).to.equal('failed');
+  });
+
+  it('does not count time in a pause, nor time without an orchestrator', () => {
+    const table = limited().wait(6_000).tell({ type: 'wish', wish: 'pause' }).completeSteps(2);
+    completeCheckpoint(table);
+    expect(table.state.phase).to.equal('paused');
+    table.wait(60_000).tell({ type: 'wish', wish: 'resume' }).wait(3_999);
+    expect(table.state.ending).to.equal(null);
+    table.wait(2);
+    expect(table.state.ending).to.have.property('code', 'TIME_LIMIT');
+  });
+
+  it('fails at once where nobody has anything, and on a disk that is full; a run whose steps are all done completes', () => {
+    expect(limited({}, []).wait(10_000).state.shown.error).to.have.property('code', 'TIME_LIMIT');
+    const full = limited().wait(10_000).completeSteps(1);
+    expect(full.fail(full.last('checkpoint'), 'DISK_FULL').state.shown.error).to.have.property('code', 'TIME_LIMIT');
+    const done = limited().completeSteps(9).wait(20_000);
+    completeCheckpoint(done);
+    expect(done.state.ending).to.equal(null);
+    expect(done.last('digest').data).to.include({ step: 9 });
+  });
+});
+
 describe('run machine: silence', () => {
   it('a job unheard of is looked up; a long silence is recorded once, and waited through', () => {
     const table = new Table({ parallelism: 1 }, ['a']);

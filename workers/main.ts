@@ -1,6 +1,7 @@
 /**
  * The supervisor: forks one worker process for each island, hands it its settings, restarts it when it dies, and stops them
- * all. It knows neither Redis nor devices; it only keeps processes alive. Called by the command line (`cuda-nn worker`, `up`).
+ * all. It knows neither Redis nor devices; it only keeps processes alive, and tells each how the one before it ended. Called by the
+ * command line (`cuda-nn worker`, `up`).
  *
  *            fork                 ready
  *   (start) ------> starting ------------> serving        exit, not asked for: wait (backoff with jitter), then fork again
@@ -9,16 +10,22 @@
  */
 import { fork } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
+import { once } from 'node:events';
 import { availableParallelism } from 'node:os';
 import { fileURLToPath } from 'node:url';
 import { NnError, fromErrorRecord } from '../config/errors.ts';
 import type { ErrorRecord } from '../config/errors.ts';
+import type { ExitRecord } from '../config/messages.ts';
 import type { Config } from '../config/schema.ts';
 import type { DeviceDescription } from '../cuda/device.ts';
 import { EXIT } from './ipc.ts';
 import type { LogLevel, StartMessage, WorkerMessage } from './ipc.ts';
 import type { DeviceChoice } from './tasks.ts';
 
+/** Bytes that are kept of what a worker printed last: a native crash says there what it was. */
+const STDERR_BYTES = 4096;
+/** Milliseconds that the last words of a process which has ended may take to arrive. */
+const LAST_WORDS_MS = 1_000;
 /** Milliseconds that a drained worker has to close its connections before it is killed. */
 const CLOSING_MS = 3_000;
 /**
@@ -119,6 +126,10 @@ class SupervisedWorker {
   #resolveEnded!: (error: ErrorRecord | null) => void;
   #child: ChildProcess | null = null;
   #fault: ErrorRecord | null = null;
+  /** Id of the job that the process holds. */
+  #held: string | null = null;
+  #stderr: Buffer = Buffer.alloc(0);
+  #lastExit: ExitRecord | null = null;
   #failures = 0;
   #stopping = false;
   #restart: NodeJS.Timeout | undefined;
@@ -144,12 +155,14 @@ class SupervisedWorker {
 
   start(): void {
     const child = fork(fileURLToPath(new URL('./worker.js', import.meta.url)), [], {
-      stdio: ['ignore', 2, 2, 'ipc'],
+      stdio: ['ignore', 2, 'pipe', 'ipc'],
       serialization: 'json',
       execArgv: [...process.execArgv, `--max-semi-space-size=${SEMI_SPACE_MIB}`, `--max-old-space-size=${OLD_SPACE_MIB}`],
     });
     this.#child = child;
     this.#fault = null;
+    this.#held = null;
+    this.#stderr = Buffer.alloc(0);
     const startedAt = performance.now();
     const starting = setTimeout(() => {
       this.#fault = { code: 'TIMEOUT', message: `worker ${this.id} did not start within ${this.#config.worker.startMs} ms`, context: { worker: this.id } };
@@ -166,14 +179,28 @@ class SupervisedWorker {
       clearTimeout(starting);
       this.#exited(child, code, signal, performance.now() - startedAt);
     };
-    child.once('exit', onEnd);
+    child.stderr?.on('data', (printed: Buffer) => {
+      process.stderr.write(printed);
+      this.#stderr = Buffer.concat([this.#stderr, printed]).subarray(-STDERR_BYTES);
+    });
+    // A process is gone before everything that it said is read.
+    child.once('exit', (code, signal) => {
+      const heard: Promise<unknown>[] = [];
+      if (child.connected) heard.push(once(child, 'disconnect'));
+      if (child.stderr?.closed === false) heard.push(once(child.stderr, 'close'));
+      const late = setTimeout(() => onEnd(code, signal), LAST_WORDS_MS);
+      void Promise.allSettled(heard).then(() => {
+        clearTimeout(late);
+        onEnd(code, signal);
+      });
+    });
     child.once('error', (error) => {
       this.#fault ??= { code: 'WORKER_LOST', message: `worker ${this.id} could not be started or reached: ${error.message}`, context: { worker: this.id } };
       if (child.pid === undefined) onEnd(null, null);
     });
     if (child.pid !== undefined) this.#onEvent({ type: 'started', id: this.id, pid: child.pid });
     // A child that is gone already is told of by its exit.
-    child.send({ type: 'start', id: this.id, config: this.#config, device: this.#device } satisfies StartMessage, () => undefined);
+    child.send({ type: 'start', id: this.id, config: this.#config, device: this.#device, lastExit: this.#lastExit } satisfies StartMessage, () => undefined);
   }
 
   async stop(): Promise<void> {
@@ -197,8 +224,12 @@ class SupervisedWorker {
         this.#resolveReady();
         this.#onEvent({ type: 'ready', id: this.id, pid, device: message.device });
         return;
+      case 'holds':
+        this.#held = message.job;
+        return;
       case 'fault':
         this.#fault = message.error;
+        this.#held = message.job ?? this.#held;
         return;
       case 'log':
         this.#onEvent({ ...message, id: this.id });
@@ -216,9 +247,18 @@ class SupervisedWorker {
       this.#resolveEnded(given);
       return;
     }
+    this.#lastExit = code === 0 ? null : { job: this.#held, code, signal, error: this.#evidence(code, signal), atMs: Date.now() };
     this.#failures = livedMs >= this.#config.worker.healthyMs ? 1 : this.#failures + 1;
     const restartInMs = restartPauseMs(this.#failures, Math.random(), this.#config.worker);
     this.#onEvent({ type: 'exited', id: this.id, pid, code, signal, error, restartInMs });
     this.#restart = setTimeout(() => this.start(), restartInMs);
+  }
+
+  /** What the process said was wrong, else that it was lost; with the end of what it printed. */
+  #evidence(code: number | null, signal: NodeJS.Signals | null): ErrorRecord {
+    const how = signal === null ? `exited with code ${code}` : `was ended by ${signal}`;
+    const error: ErrorRecord = this.#fault ?? { code: 'WORKER_LOST', message: `the process of worker ${this.id} ${how}`, context: { worker: this.id, code, signal } };
+    const stderr = this.#stderr.toString().trim();
+    return stderr === '' ? error : { ...error, context: { ...error.context, stderr } };
   }
 }

@@ -59,8 +59,12 @@ export interface IslandOptions {
   readonly config: Config;
   readonly device: DeviceChoice;
   readonly log: (level: LogLevel, message: string, error?: unknown) => void;
+  /** How the process before this one ended. */
+  readonly lastExit: WorkerRecord['lastExit'];
+  /** The job at hand is another one, or none. */
+  readonly onHold: (job: string | null) => void;
   /** Something that only a new process cures; the job that met it is reported already. Called once. */
-  readonly onFault: (error: ErrorRecord) => void;
+  readonly onFault: (error: ErrorRecord, job: string) => void;
 }
 
 /** The island's side of Redis and BullMQ; the process around it is `runProcess`. */
@@ -89,6 +93,8 @@ export class Island {
   #localCommand: Command = 'run';
   #controlCommand: Command = 'run';
   #job: { readonly id: string; readonly kind: JobTask } | null = null;
+  /** Id of the checkpoint that is being written beside it. */
+  #saving: string | null = null;
 
   constructor(options: IslandOptions) {
     this.#options = options;
@@ -206,7 +212,7 @@ export class Island {
     try {
       return (await this.#perform(job, task)) as Outcome<Kind>;
     } finally {
-      this.#job = null;
+      this.#hold(null);
       leave();
     }
   }
@@ -228,12 +234,22 @@ export class Island {
       const worker = this.#options.id;
       const copied: Result<'checkpointProgress'> = { worker, epoch, step, copied: true };
       job.updateProgress(copied).catch((error: Error) => this.#options.log('debug', `progress of job ${job.id}: ${error.message}`));
+      this.#saving = job.id!;
+      this.#hold(this.#job);
       const written = await this.#background.write(message, state);
       if (!written.ok) return written;
       return { ok: true, value: { worker, epoch, step, directory, bytes: written.bytes, milliseconds: performance.now() - startedAt } };
     } finally {
+      this.#saving = null;
+      this.#hold(this.#job);
       leave();
     }
+  }
+
+  /** The job on the device, before it is done, so that its evidence is with the supervisor. A checkpoint being written counts when there is none. */
+  #hold(job: { readonly id: string; readonly kind: JobTask } | null): void {
+    this.#job = job;
+    this.#options.onHold(job?.id ?? this.#saving);
   }
 
   /** Puts a job back for others. The queue is left alone until this device is idle, or the same job would come at once. */
@@ -251,7 +267,7 @@ export class Island {
     const { kind } = task;
     const origin = originOf(task);
     if (kind === 'checkpoint') this.#background.forget();
-    this.#job = { id: job.id!, kind };
+    this.#hold({ id: job.id!, kind });
     this.#controlCommand = 'run';
     this.#localCommand = this.#lost.has(job.id!) ? 'drop' : this.#draining ? 'yield' : 'run';
     this.#command(this.#localCommand);
@@ -285,11 +301,11 @@ export class Island {
     if (this.#faulted) return;
     this.#faulted = true;
     this.#gate.close();
-    const timer = setTimeout(() => this.#options.onFault(record), this.#config.worker.drainMs);
+    const timer = setTimeout(() => this.#options.onFault(record, job.id!), this.#config.worker.drainMs);
     worker.on('failed', (failed) => {
       if (failed?.id !== job.id) return;
       clearTimeout(timer);
-      this.#options.onFault(record);
+      this.#options.onFault(record, job.id!);
     });
   }
 
@@ -354,7 +370,7 @@ export class Island {
       replica: this.#pool.replica,
       heartbeatAtMs: Date.now(),
       startedAtMs: this.#startedAtMs,
-      lastExit: null,
+      lastExit: this.#options.lastExit,
     };
     await this.#commands.hset(this.#names.workers, this.#options.id, JSON.stringify(record));
   }
@@ -415,11 +431,11 @@ function runProcess(): void {
     else sent();
   };
   const log: IslandOptions['log'] = (level, message, error) => send({ type: 'log', level, message, ...(error === undefined ? {} : { error: toErrorRecord(error) }) });
-  const end = (record: ErrorRecord): void => {
+  const end = (record: ErrorRecord, job: string | null = null): void => {
     stopping = true;
     const code = record.code !== 'BUG' && ERROR_KINDS[record.code].recovery === 'never' ? EXIT.refused : EXIT.restart;
     // exit() would wait for the compute thread, and a hung native call never returns.
-    send({ type: 'fault', error: record }, () => (record.context['hung'] === true ? process.kill(process.pid, 'SIGKILL') : process.exit(code)));
+    send({ type: 'fault', error: record, job }, () => (record.context['hung'] === true ? process.kill(process.pid, 'SIGKILL') : process.exit(code)));
   };
   const refuse = (error: unknown): void => end(toErrorRecord(error));
   const drain = (serving: Island): void => void serving.drain().then(() => process.exit(0), refuse);
@@ -434,9 +450,13 @@ function runProcess(): void {
   process.on('disconnect', () => process.kill(process.pid, 'SIGKILL'));
   process.on('uncaughtException', refuse);
   process.on('unhandledRejection', refuse);
-  process.once('message', ({ id, config, device }: StartMessage) => {
+  process.once('message', ({ id, config, device, lastExit }: StartMessage) => {
     process.title = `cuda-nn worker ${id}`;
-    const starting = new Island({ id, config, device, log, onFault: end });
+    let held: string | null = null;
+    const onHold = (job: string | null): void => {
+      if (job !== held) send({ type: 'holds', job: (held = job) });
+    };
+    const starting = new Island({ id, config, device, lastExit, log, onHold, onFault: end });
     starting.start().then(() => {
       if (stopping) return drain(starting);
       island = starting;

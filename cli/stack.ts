@@ -14,6 +14,7 @@ import { Client } from '../orchestrator/client.ts';
 import { startOrchestrator } from '../orchestrator/main.ts';
 import { startServer } from '../orchestrator/server/server.ts';
 import { startSupervisor } from '../workers/main.ts';
+import { StoreClient } from '../workers/store-client.ts';
 import type { Supervisor, SupervisorEvent } from '../workers/main.ts';
 import { startEmbeddedRedis } from './embedded-redis.ts';
 import { homeOwner } from './home-lock.ts';
@@ -42,6 +43,14 @@ export async function checkConfiguredRedis(config: Config): Promise<void> {
   const { url, exchangeUrl } = redisAddresses(config);
   for (const each of new Set([url, exchangeUrl])) await checkRedis(each, config);
 }
+
+/** Throws STORE_UNAVAILABLE or STORE_AUTH unless the store, if one is configured, is there and takes the token. */
+export async function checkConfiguredStore(config: Config): Promise<void> {
+  if (config.store.url !== '') await new StoreClient(config, () => undefined).check();
+}
+
+/** The settings of workers beside their orchestrator: they share its file system. */
+export const withoutStore = (config: Config): Config => ({ ...config, store: { ...config.store, url: '' } });
 
 /** Whether a set of services can be found from here: a configured Redis, or a live `up` in the home. */
 export const isUp = (config: Config): boolean => config.redis.url !== '' || homeOwner(config.home) !== undefined;
@@ -148,7 +157,7 @@ export async function borrowWorker(life: Lifetime, config: Config): Promise<Clie
   if (isUp(config)) return connect(life, config);
   const home = mkdtempSync(join(tmpdir(), 'cuda-nn-'));
   life.defer('temporary directory', () => rmSync(home, { recursive: true, force: true }));
-  const own: Config = { ...config, home, runs: join(home, 'runs') };
+  const own: Config = { ...withoutStore(config), home, runs: join(home, 'runs') };
   await life.until(provideRedis(life, own, () => undefined));
   await life.until(runWorkers(life, own, { gpus: findGpus('all'), threads: config.worker.threads }));
   const client = new Client({ config: own });

@@ -47,6 +47,8 @@ export const ERROR_KINDS = {
   DEVICE_UNSUPPORTED: kind('never', 4, 'The native library has no kernel for that type, size or device.'),
   DEVICE_MEMORY: kind('never', 4, 'The model and its activations do not fit on the device.'),
   DEVICE_FAULT: kind('restart', 4, 'The device reported a fault; only a new process cures it.'),
+  STORE_UNAVAILABLE: kind('retry', 4, 'The store of the orchestrator cannot be reached, or does not do what was asked.'),
+  STORE_AUTH: kind('restart', 4, 'The store of the orchestrator refuses the token.'),
   NO_WORKER: kind('retry', 4, 'No worker serves this kind of job.'),
   TIMEOUT: kind('retry', 4, 'Something did not answer before its deadline.'),
   // Damaged data: 5
@@ -124,7 +126,7 @@ export function encodeFailure(error: unknown): string {
   return JSON.stringify(toErrorRecord(error));
 }
 
-/** The other way round. A reason that is not ours (BullMQ's own) is WORKER_LOST for a stalled job, TIMEOUT for a failed child, else a BUG. */
+/** The other way round. A reason that is not ours (BullMQ's own: a stalled job, a failed child) is WORKER_LOST or a BUG. */
 export function decodeFailure(reason: string): ErrorRecord {
   if (reason.startsWith('{')) {
     try {
@@ -138,8 +140,6 @@ export function decodeFailure(reason: string): ErrorRecord {
   }
   const named = /^([A-Z_]+): (.*)$/s.exec(reason);
   if (named !== null && (named[1] as string) in ERROR_KINDS) return { code: named[1] as ErrorCode, message: named[2]!, context: {} };
-  // The child's own failure says why; that of its parent, which may be heard first, must not end a run that the other would not.
-  if (/^child .* failed$/.test(reason)) return { code: 'TIMEOUT', message: `a job that it waited for failed (${reason})`, context: {} };
   if (/stalled/.test(reason)) return { code: 'WORKER_LOST', message: `the job lost its worker too often (${reason})`, context: {} };
   return { code: 'BUG', message: reason, context: {} };
 }

@@ -29,7 +29,6 @@ const schema = {
     prefix: text('Prefix of every key', 'CUDA_NN_REDIS_PREFIX', 'nn'),
     server: text('Program to embed; empty: redis-server or valkey-server on the PATH', 'CUDA_NN_REDIS_SERVER', ''),
     connectTimeoutMs: knob('Milliseconds until a first connection is given up', 'CUDA_NN_REDIS_CONNECT_TIMEOUT_MS', 10_000, 100, 600_000),
-    silenceMs: knob('A connection on which a command waits for so long without a byte is given up and opened anew, milliseconds', 'CUDA_NN_REDIS_SILENCE_MS', 20_000, 1_000, 3_600_000),
     retryMaximumMs: knob('Longest pause between reconnections, milliseconds', 'CUDA_NN_REDIS_RETRY_MAXIMUM_MS', 2_000, 10, 60_000),
   },
   queue: {
@@ -60,6 +59,17 @@ const schema = {
     patienceMs: knob('A job of a shared queue waits so long for a busy device before it is given back to others, milliseconds', 'CUDA_NN_PATIENCE_MS', 250, 0, 60_000),
     startMs: knob('Deadline of a worker’s start, milliseconds', 'CUDA_NN_WORKER_START_MS', 60_000, 1_000, 3_600_000),
     library: { doc: 'Native library: auto, cpu or cuda', env: 'CUDA_NN_LIBRARY', default: 'auto', format: ['auto', 'cpu', 'cuda'] },
+  },
+  store: {
+    url: text('Store of the orchestrator (http:// or https://) that gives this worker its files and takes its checkpoints; empty: the same file system', 'CUDA_NN_STORE_URL', ''),
+    token: { ...text('Bearer token that opens the store and nothing else; empty: that of the HTTP API', 'CUDA_NN_STORE_TOKEN', ''), sensitive: true },
+    cacheBytes: knob('Bytes of a worker machine’s cache of files from the store (home/cache); what is in use stays beyond it', 'CUDA_NN_STORE_CACHE_BYTES', 64 * 2 ** 30, 0, Number.MAX_SAFE_INTEGER),
+    pieceBytes: knob('Bytes of one request of an upload', 'CUDA_NN_STORE_PIECE_BYTES', 16 << 20, 4096, 1 << 30),
+    concurrency: knob('Files that one worker fetches or delivers at once', 'CUDA_NN_STORE_CONCURRENCY', 4, 1, 64),
+    transfers: knob('Files that the store sends or receives at once; others wait', 'CUDA_NN_STORE_TRANSFERS', 64, 1, 4096),
+    timeoutMs: knob('A transfer of which no byte moved for so long is begun anew where it stood, milliseconds', 'CUDA_NN_STORE_TIMEOUT_MS', 30_000, 100, 3_600_000),
+    outageMs: knob('Longest outage of the store that a job waits for, milliseconds', 'CUDA_NN_STORE_OUTAGE_MS', 3_600_000, 100, 86_400_000),
+    expireMs: knob('An upload or download that nobody carried on for so long is removed, milliseconds', 'CUDA_NN_STORE_EXPIRE_MS', 86_400_000, 1_000, 31 * 86_400_000),
   },
   orchestrator: {
     concurrency: knob('Runs driven at once', 'CUDA_NN_RUN_CONCURRENCY', 16, 1, 1024),

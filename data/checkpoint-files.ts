@@ -134,8 +134,8 @@ async function holdsTheSame(directory: string, temporary: string): Promise<boole
   }
 }
 
-/** Gives a finished temporary directory its name. One that is there already stays if it is the same, and else is replaced. */
-async function place(temporary: string, directory: string): Promise<void> {
+/** Gives a finished and synced temporary directory its name. One that is there already stays if it is the same, and else is replaced. */
+export async function placeCheckpoint(temporary: string, directory: string): Promise<void> {
   try {
     await rename(temporary, directory);
   } catch (error) {
@@ -170,7 +170,7 @@ export async function writeCheckpoint(
   try {
     onFile(directory, () => mkdirSync(temporary));
     const bytes = fillDirectory(temporary, source, { shardBytes, withTraining });
-    await place(temporary, directory);
+    await placeCheckpoint(temporary, directory);
     return { bytes };
   } catch (error) {
     await rm(temporary, { recursive: true, force: true });

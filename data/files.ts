@@ -92,11 +92,15 @@ export function syncDirectory(directory: string): void {
 /** Temporary files and directories that this thread is writing. */
 const active = new Set<string>();
 
+/** What a temporary is for: something unfinished, something to be deleted, a mark that something is in use, or a directory to work in. */
+const ENDINGS = ['partial', 'replaced', 'used', 'work'] as const;
+export type TemporaryEnding = (typeof ENDINGS)[number];
+
 /**
  * A temporary name beside `path` that tells whose it is: `.<name>.<host>.<process>.<random>.<ending>`. It counts as in
  * use until `forgetTemporary` or the end of the process.
  */
-export function temporaryName(path: string, ending: 'partial' | 'replaced' = 'partial'): string {
+export function temporaryName(path: string, ending: TemporaryEnding = 'partial'): string {
   const temporary = join(dirname(path), `.${basename(path)}.${hostname()}.${process.pid}.${randomBytes(4).toString('hex')}.${ending}`);
   active.add(temporary);
   return temporary;
@@ -108,18 +112,32 @@ export const forgetTemporary = (temporary: string): void => void active.delete(t
 /** A temporary that nobody wrote to for so long is nobody's, whichever host its name tells of; clocks of hosts differ by less. */
 const ABANDONED_AFTER_MS = 24 * 3_600_000;
 
+/** A temporary by its name: what it was made for, and whether its process is at work, gone, or on another host. */
+export interface Temporary {
+  readonly name: string;
+  readonly ending: TemporaryEnding;
+  readonly owner: 'active' | 'gone' | 'elsewhere';
+}
+
 /**
- * Whether nobody is at work on a temporary: its process of this host is gone, or is this one and knows nothing of it; or, for
- * processes of other hosts and numbers that were given to another process, nothing in it has changed for a day.
+ * Reads the name of a temporary; null for any other path. Nobody is at work on it when its process of this host is gone, or is
+ * this one and knows nothing of it; or, for processes of other hosts and numbers that were given to another process, when
+ * nothing in it has changed for a day.
  */
-function isAbandoned(path: string): boolean {
-  const match = /^\.(.+)\.(\d+)\.[0-9a-f]{8}\.(partial|replaced)$/.exec(basename(path));
-  if (match === null || active.has(path)) return false;
-  if (match[1]!.endsWith(`.${hostname()}`)) {
-    const processId = Number(match[2]);
-    if (processId === process.pid || !isAlive(processId)) return true;
-  }
-  return Date.now() - lastChangeMs(path) > ABANDONED_AFTER_MS;
+export function temporaryAt(path: string): Temporary | null {
+  const match = /^\.(.+)\.(\d+)\.[0-9a-f]{8}\.([a-z]+)$/.exec(basename(path));
+  const ending = ENDINGS.find((each) => each === match?.[3]);
+  if (match === null || ending === undefined) return null;
+  const place = `.${hostname()}`;
+  const here = match[1]!.endsWith(place);
+  return { name: here ? match[1]!.slice(0, -place.length) : match[1]!, ending, owner: ownerOf(path, here, Number(match[2])) };
+}
+
+function ownerOf(path: string, here: boolean, processId: number): Temporary['owner'] {
+  if (active.has(path)) return 'active';
+  if (here && (processId === process.pid || !isAlive(processId))) return 'gone';
+  if (Date.now() - lastChangeMs(path) > ABANDONED_AFTER_MS) return 'gone';
+  return here ? 'active' : 'elsewhere';
 }
 
 function isAlive(processId: number): boolean {
@@ -142,7 +160,7 @@ function lastChangeMs(path: string): number {
 export function removeAbandoned(directory: string): void {
   for (const name of readdirSync(directory)) {
     const path = join(directory, name);
-    if (isAbandoned(path)) rmSync(path, { recursive: true, force: true });
+    if (temporaryAt(path)?.owner === 'gone') rmSync(path, { recursive: true, force: true });
   }
 }
 

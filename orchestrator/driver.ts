@@ -9,7 +9,6 @@ import { randomUUID } from 'node:crypto';
 import { join, resolve } from 'node:path';
 import type { Logger } from 'pino';
 import { NnError, toErrorRecord } from '../config/errors.ts';
-import type { ErrorRecord } from '../config/errors.ts';
 import { TERMINAL_PHASES } from '../config/messages.ts';
 import type { RunEvent, RunFault } from '../config/messages.ts';
 import type { RunSpec } from '../config/run-spec.ts';
@@ -39,8 +38,6 @@ export interface DriverContext {
   readonly exchange: ExchangeKeys;
   /** Calls back when the wish of the run may have changed; returns how to stop that. */
   readonly onWish: (run: string, heard: () => void) => () => void;
-  /** Calls with what goes wrong around all runs, now and later; returns how to stop that. */
-  readonly onTrouble: (heard: (what: string, error: ErrorRecord) => void) => () => void;
   /** Whether this orchestrator drives other runs. */
   readonly othersActive: (run: string) => boolean;
 }
@@ -120,7 +117,6 @@ export class Driver {
       stops.push(() => this.#signal.removeEventListener('abort', aborted));
       if (this.#signal.aborted) aborted();
       this.#hear({ type: 'workers', workers: watch.views });
-      stops.push(this.#context.onTrouble((what, error) => this.#hear({ type: 'fault', what, error })));
       void this.#readWish();
       return await this.#ended;
     } catch (error) {

@@ -4,12 +4,10 @@
  * directories do not hold too, so it may be killed at any time.
  */
 import type { Logger } from 'pino';
-import { errorCode, toErrorRecord } from '../config/errors.ts';
-import type { ErrorRecord } from '../config/errors.ts';
+import { toErrorRecord } from '../config/errors.ts';
 import { keys } from '../config/keys.ts';
 import { TERMINAL_PHASES } from '../config/messages.ts';
-import { checkRedis, openRedis, redisAddresses, requirePolicy } from '../config/redis.ts';
-import type { Redis } from '../config/redis.ts';
+import { checkRedis, openRedis, redisAddresses } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
 import { Driver } from './driver.ts';
 import type { DriverContext } from './driver.ts';
@@ -45,9 +43,6 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
   subscriber.on('message', (_channel: string, run: string) => wishes.get(run)?.());
   await subscriber.subscribe(names.wishChannel);
 
-  const policies = new Policies(new Map([[url, redis], [exchangeUrl, exchangeRedis]]), logger);
-  const policyTimer = setInterval(() => void policies.look(), config.orchestrator.lookupMs);
-
   const active = new Set<string>();
   const context: DriverContext = {
     config,
@@ -62,7 +57,6 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
         if (wishes.get(run) === heard) wishes.delete(run);
       };
     },
-    onTrouble: (heard) => policies.listen(heard),
     othersActive: (run) => [...active].some((other) => other !== run),
   };
   const server = queues.serveRuns(async (run, signal) => {
@@ -100,47 +94,10 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
   return {
     stop: async () => {
       clearInterval(timer);
-      clearInterval(policyTimer);
       await server.stop();
       watch.stop();
       await queues.close();
       for (const connection of new Set([subscriber, exchangeRedis, redis])) connection.disconnect();
     },
   };
-}
-
-/** Looks whether a server has been told to evict keys since it was checked, and tells the drivers, once a change. */
-class Policies {
-  readonly #servers: ReadonlyMap<string, Redis>;
-  readonly #logger: Logger;
-  readonly #listeners = new Set<(what: string, error: ErrorRecord) => void>();
-  /** What is wrong now, by address. */
-  readonly #wrong = new Map<string, ErrorRecord>();
-
-  constructor(servers: ReadonlyMap<string, Redis>, logger: Logger) {
-    this.#servers = servers;
-    this.#logger = logger;
-  }
-
-  /** The listener hears at once what is wrong, and later what becomes so. Returns how to stop that. */
-  listen(heard: (what: string, error: ErrorRecord) => void): () => void {
-    this.#listeners.add(heard);
-    for (const error of this.#wrong.values()) heard('Redis', error);
-    return () => this.#listeners.delete(heard);
-  }
-
-  async look(): Promise<void> {
-    for (const [url, redis] of this.#servers) {
-      try {
-        await requirePolicy(redis, url);
-        this.#wrong.delete(url);
-      } catch (error) {
-        const record = toErrorRecord(error);
-        if (errorCode(error) !== 'REDIS_POLICY' || this.#wrong.get(url)?.message === record.message) continue;
-        this.#wrong.set(url, record);
-        this.#logger.error(record, 'Redis');
-        for (const heard of this.#listeners) heard('Redis', record);
-      }
-    }
-  }
 }

@@ -20,7 +20,7 @@ const RUNS_MAX_STALLED = 1_000_000;
 const EVENTS_KEPT = 10_000;
 /** The events of `runs` have no reader. */
 const RUNS_EVENTS_KEPT = 10;
-/** Most milliseconds that a blocked read of events lasts before it is begun anew. */
+/** Milliseconds that a blocked read of events lasts before it is begun anew. */
 const EVENTS_BLOCK_MS = 10_000;
 
 export type JobEvent =
@@ -150,7 +150,7 @@ export class Queues {
       skipVersionCheck: true,
       autorun: true,
       lastEventId: last?.[0] ?? '0-0',
-      blockingTimeout: Math.min(EVENTS_BLOCK_MS, this.#config.redis.silenceMs / 2),
+      blockingTimeout: EVENTS_BLOCK_MS,
     });
     events.on('error', this.#onError);
     events.on('progress', ({ jobId, data }) => this.#tell({ type: 'progress', id: jobId, data }));

@@ -13,6 +13,7 @@ import { TokenFile, requireVocabulary } from '../data/token-file.ts';
 import { Tokenizer } from '../data/tokenizer.ts';
 import { Decoder } from './model/decoder.ts';
 import { Trainer } from './model/trainer.ts';
+import type { Places } from './places.ts';
 import { evaluateFile } from './replica.ts';
 import { finite } from './reports.ts';
 import type { Signals } from './signals.ts';
@@ -22,6 +23,7 @@ export interface GuestOptions {
   /** Id of the worker, for results. */
   readonly worker: string;
   readonly signals: Signals;
+  readonly places: Places;
 }
 
 /** Sequence length of an eval that names none. */
@@ -33,11 +35,11 @@ const EVAL_SEQUENCES = 4;
 const precisionOn = (device: Device, reader: CheckpointReader): Precision => (device.description.kind === 'cuda' ? reader.precision : 'fp32');
 
 /** The loss of a checkpoint on the first sequences of a token file. Throws CHECKPOINT_INVALID, DATA_INVALID, DEVICE_MEMORY, ... */
-export function evaluateCheckpoint({ device, worker, signals }: GuestOptions, message: Message<'eval'>): Result<'eval'> {
+export function evaluateCheckpoint({ device, worker, signals, places }: GuestOptions, message: Message<'eval'>): Result<'eval'> {
   const startedAt = performance.now();
   if (message.checkpoint === null) throw new NnError('MESSAGE_INVALID', 'eval: neither a replica nor a checkpoint is named');
-  return using(CheckpointReader.open(message.checkpoint, { verify: true }), (reader) =>
-    using(TokenFile.open(message.data), (file) => {
+  return using(CheckpointReader.open(places.of(message.checkpoint), { verify: true }), (reader) =>
+    using(TokenFile.open(places.of(message.data)), (file) => {
       const { model } = reader;
       requireVocabulary(model, file);
       const sequenceLength = message.sequenceLength ?? DEFAULT_SEQUENCE_LENGTH;
@@ -58,8 +60,9 @@ export function evaluateCheckpoint({ device, worker, signals }: GuestOptions, me
 }
 
 /** Continues prompts with a checkpoint's model and tokenizer. Throws CHECKPOINT_INVALID, TOKENIZER_INVALID, DEVICE_MEMORY, ... */
-export function generate({ device, worker, signals }: GuestOptions, message: Message<'generate'>): Result<'generate'> {
-  const { checkpoint, prompts, maxTokens, ntkAlpha, ...sampling } = message;
+export function generate({ device, worker, signals, places }: GuestOptions, message: Message<'generate'>): Result<'generate'> {
+  const { checkpoint: named, prompts, maxTokens, ntkAlpha, ...sampling } = message;
+  const checkpoint = places.of(named);
   const tokenizer = Tokenizer.load(join(checkpoint, 'tokenizer.json'));
   return using(CheckpointReader.open(checkpoint, { verify: true }), (reader) => {
     const model = ntkAlpha === null ? reader.model : { ...reader.model, ntkAlpha };

@@ -22,6 +22,7 @@ import { evaluationBatches, stepTargetTokens, trainingBatch } from '../data/samp
 import { TokenFile, requireVocabulary } from '../data/token-file.ts';
 import type { Exchange } from './exchange/contract.ts';
 import { Trainer } from './model/trainer.ts';
+import type { Places } from './places.ts';
 import { finite, flowMilliseconds, logLength, sumMicrobatches, sumShards } from './reports.ts';
 import type { MicrobatchNumbers } from './reports.ts';
 import type { Signals } from './signals.ts';
@@ -36,6 +37,7 @@ export interface ReplicaOptions {
   readonly device: Device;
   readonly exchange: Exchange;
   readonly signals: Signals;
+  readonly places: Places;
   readonly config: Config;
   /** Id of the worker, for results. */
   readonly worker: string;
@@ -65,6 +67,7 @@ export class Replica {
   readonly spec: RunSpec;
   readonly #exchange: Exchange;
   readonly #signals: Signals;
+  readonly #places: Places;
   readonly #config: Config;
   readonly #worker: string;
   readonly #names: ReturnType<typeof keys>;
@@ -78,15 +81,16 @@ export class Replica {
   readonly #reports = new Map<number, StepReport>();
 
   /** Throws DEVICE_MEMORY, FILE_NOT_FOUND, TOKEN_FILE_INVALID or DATA_INVALID. */
-  constructor({ device, exchange, signals, config, worker, run, spec }: ReplicaOptions) {
+  constructor({ device, exchange, signals, places, config, worker, run, spec }: ReplicaOptions) {
     this.run = run;
     this.spec = spec;
     this.#exchange = exchange;
     this.#signals = signals;
+    this.#places = places;
     this.#config = config;
     this.#worker = worker;
     this.#names = keys(config.redis.prefix);
-    this.#train = TokenFile.open(spec.data.train);
+    this.#train = TokenFile.open(places.of(spec.data.train));
     try {
       requireVocabulary(spec.model, this.#train);
       const { shards, microBatches, sequences, sequenceLength } = spec.batch;
@@ -217,14 +221,15 @@ export class Replica {
     const startedAt = performance.now();
     const { step, epoch, directory } = message;
     await this.bringTo(step, message);
-    const about = { model: this.spec.model, step, precision: this.spec.precision, tokenizer: this.spec.data.tokenizer ?? null, runInfo: { run: this.run, spec: this.spec } };
+    const tokenizer = this.spec.data.tokenizer === undefined ? null : this.#places.of(this.spec.data.tokenizer);
+    const about = { model: this.spec.model, step, precision: this.spec.precision, tokenizer, runInfo: { run: this.run, spec: this.spec } };
     const memory = copy ? this.#copyMemory() : null;
     if (memory !== null) {
       copyState(this.#trainer, memory, () => this.#signals.check());
       return { copied: { ...about, memory } };
     }
     const places = new Map(this.#trainer.parameters.map((parameter) => [parameter.name, parameter]));
-    const { bytes } = await writeCheckpoint(directory, {
+    const { bytes } = await writeCheckpoint(this.#places.of(directory), {
       ...about,
       read: (kind, name, into) => {
         this.#signals.check();
@@ -255,7 +260,7 @@ export class Replica {
     const { sequenceLength, sequences: perBatch } = this.spec.batch;
     this.#require(message.sequenceLength === null || message.sequenceLength === sequenceLength, `is evaluated on sequences of ${sequenceLength}`);
     await this.bringTo(replica.step, replica);
-    const file = TokenFile.open(data);
+    const file = TokenFile.open(this.#places.of(data));
     try {
       requireVocabulary(this.spec.model, file);
       const { lossSum, targetTokens } = evaluateFile(this.#trainer, file, { sequences, sequenceLength, perBatch }, () => this.#signals.check());
@@ -300,7 +305,7 @@ export class Replica {
   }
 
   #loadTraining({ directory, step }: NonNullable<Origin['checkpoint']>): void {
-    const reader = CheckpointReader.open(directory, { verify: true });
+    const reader = CheckpointReader.open(this.#places.of(directory), { verify: true });
     try {
       if (!reader.hasTraining) throw new NnError('CHECKPOINT_INVALID', `${directory}: has no optimizer state, so that a run cannot go on from it`, { directory });
       if (reader.step !== step) throw new NnError('CHECKPOINT_INVALID', `${directory}: is of step ${reader.step}, not ${step}`, { directory, step });
@@ -320,7 +325,7 @@ export class Replica {
   }
 
   #loadInitialWeights(directory: string): void {
-    const reader = CheckpointReader.open(directory, { verify: true });
+    const reader = CheckpointReader.open(this.#places.of(directory), { verify: true });
     try {
       reader.requireModel(this.spec.model);
       this.#trainer.loadWeights(reader);

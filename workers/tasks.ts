@@ -31,8 +31,16 @@ export interface ThreadData {
 /** The jobs that the compute thread does, by name. */
 export type JobTask = 'steps' | 'shard' | 'reduce' | 'checkpoint' | 'digest' | 'eval' | 'generate';
 
+interface JobTaskOf<Name extends JobTask> {
+  readonly kind: Name;
+  readonly message: Message<Name>;
+  readonly port?: MessagePort;
+  /** Where the files that the message names lie on this machine (places.ts), where that is elsewhere. */
+  readonly local?: Readonly<Record<string, string>>;
+}
+
 export type Task =
-  | { readonly [Name in JobTask]: { readonly kind: Name; readonly message: Message<Name>; readonly port?: MessagePort } }[JobTask]
+  | { readonly [Name in JobTask]: JobTaskOf<Name> }[JobTask]
   /** Opens the device; the first task of a thread. */
   | { readonly kind: 'open' }
   /** Deletes all that the exchange holds of a run that is over, and its replica. */

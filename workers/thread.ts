@@ -11,12 +11,14 @@ import { parseRunSpec } from '../config/run-spec.ts';
 import { Device } from '../cuda/device.ts';
 import { RedisExchange } from './exchange/redis.ts';
 import { evaluateCheckpoint, generate } from './guests.ts';
+import { Places } from './places.ts';
 import { Replica } from './replica.ts';
 import { Signals } from './signals.ts';
 import type { Outcome, ReplicaState, StepMessage, Task, TaskValues, ThreadData } from './tasks.ts';
 
 const { config, device: choice, worker, exchangeUrl, shared } = workerData as ThreadData;
 const signals = new Signals(shared);
+const places = new Places();
 const exchange = new RedisExchange({ url: exchangeUrl, config, beat: () => signals.check() });
 
 let device: Device | null = null;
@@ -34,6 +36,7 @@ export default async function serve(task: Task): Promise<Outcome> {
 }
 
 async function perform(task: Task): Promise<TaskValues[Task['kind']]> {
+  if ('message' in task) places.use(task.local);
   switch (task.kind) {
     case 'open':
       return open().description;
@@ -55,7 +58,7 @@ async function perform(task: Task): Promise<TaskValues[Task['kind']]> {
     case 'eval':
       return evaluate(task.message);
     case 'generate':
-      return generate({ device: open(), worker, signals }, task.message);
+      return generate({ device: open(), worker, signals, places }, task.message);
     case 'forget':
       if (held?.replica.run === task.run) release();
       return exchange.removeAll(keys(config.redis.prefix).exchangeOf(task.run));
@@ -77,7 +80,7 @@ function open(): Device {
 async function evaluate(message: Message<'eval'>): Promise<TaskValues['eval']> {
   const { replica } = message;
   if (replica !== null) return replicaOf(replica).evaluate({ ...message, replica });
-  return evaluateCheckpoint({ device: open(), worker, signals }, message);
+  return evaluateCheckpoint({ device: open(), worker, signals, places }, message);
 }
 
 /** The replica of a job's run: the one at hand, or a new one in its place. One run has the device at a time. */
@@ -86,7 +89,7 @@ function replicaOf(origin: Origin): Replica {
   if (held !== null && held.replica.run === origin.run && held.specText === specText) return held.replica;
   release();
   const spec = parseRunSpec(origin.spec, `spec of run ${origin.run}`);
-  const replica = new Replica({ device: open(), exchange, signals, config, worker, run: origin.run, spec });
+  const replica = new Replica({ device: open(), exchange, signals, places, config, worker, run: origin.run, spec });
   held = { replica, specText };
   return replica;
 }

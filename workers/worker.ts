@@ -16,7 +16,7 @@ import { ERROR_KINDS, NnError, fromErrorRecord, toErrorRecord } from '../config/
 import type { ErrorRecord } from '../config/errors.ts';
 import { keys, workerQueue } from '../config/keys.ts';
 import { parseMessage } from '../config/messages.ts';
-import type { Origin, QueueName, Result, StepReport, TrainJobName, WorkerRecord } from '../config/messages.ts';
+import type { Message, Origin, QueueName, Result, StepReport, TrainJobName, WorkerRecord } from '../config/messages.ts';
 import { checkRedis, openRedis, redisAddresses } from '../config/redis.ts';
 import type { Redis } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
@@ -28,6 +28,7 @@ import { EXIT } from './ipc.ts';
 import type { LogLevel, StartMessage, WorkerMessage } from './ipc.ts';
 import { ComputePool } from './pool.ts';
 import type { Command } from './signals.ts';
+import { Store } from './store.ts';
 import type { DeviceChoice, JobTask, Outcome, TaskOf } from './tasks.ts';
 
 type ServedQueue = Exclude<QueueName, 'runs'>;
@@ -38,9 +39,6 @@ const JOBS: Readonly<Record<ServedQueue, readonly JobTask[]>> = {
   eval: ['eval'],
   generate: ['generate'],
 };
-
-/** Most seconds that a look into an empty queue waits there for a job before it is begun anew. */
-const DRAIN_DELAY_SECONDS = 5;
 
 /** Jobs that end early, or not at all, at the word of the control; the others are over soon and heed only `drop`. */
 const STOPPABLE: readonly JobTask[] = ['steps', 'shard', 'reduce'];
@@ -81,6 +79,12 @@ export class Island {
   readonly #startedAtMs = Date.now();
   readonly #incarnation = randomUUID();
   #pool!: ComputePool;
+  /** Null where the orchestrator's file system is this machine's too. */
+  #store: Store | null = null;
+  /** Ends what the job at hand fetches. */
+  #transfers: AbortController | null = null;
+  /** Ends the delivery of the checkpoint that was written beside it. */
+  #delivery: AbortController | null = null;
   #control!: ControlWatcher;
   #background!: BackgroundWriter;
   #connection!: Redis;
@@ -116,6 +120,10 @@ export class Island {
     const { url, exchangeUrl } = redisAddresses(this.#config);
     await checkRedis(url, this.#config);
     if (exchangeUrl !== url) await checkRedis(exchangeUrl, this.#config);
+    if (this.#config.store.url !== '') {
+      this.#store = new Store({ config: this.#config, log });
+      await this.#store.open();
+    }
     this.#pool = new ComputePool({ config: this.#config, device, worker: id, exchangeUrl });
     const opened = await this.#pool.run({ kind: 'open' });
     if (!opened.ok) throw fromErrorRecord(opened.error);
@@ -146,11 +154,13 @@ export class Island {
     const giveUp = setTimeout(() => {
       this.#command('drop');
       this.#background.drop();
+      this.#delivery?.abort();
     }, this.#config.worker.drainMs);
     await this.#record().catch((error: Error) => this.#options.log('debug', `last heartbeat: ${error.message}`));
     await Promise.all(this.#queues.map((queue) => queue.close()));
     clearTimeout(giveUp);
     await Promise.all([this.#pool.close(), this.#background.close()]);
+    this.#store?.close();
     await this.#commands.hdel(this.#names.workers, this.#options.id).catch((error: Error) => this.#options.log('debug', `signing off: ${error.message}`));
     this.#control.close();
     this.#commands.disconnect();
@@ -166,7 +176,6 @@ export class Island {
       name: this.#options.id,
       // A checkpoint that is being written stays active beside the job on the device; the gate keeps the device to one at a time.
       concurrency: own && queue === 'train' ? 2 : 1,
-      drainDelay: Math.min(DRAIN_DELAY_SECONDS, redis.silenceMs / 2000),
       lockDuration: knobs.lockDurationMs,
       lockRenewTime: knobs.lockDurationMs / 2,
       stalledInterval: knobs.stalledIntervalMs,
@@ -176,6 +185,7 @@ export class Island {
     worker.on('error', (error) => this.#options.log('debug', `queue ${name}: ${error.message}`));
     worker.on('lockRenewalFailed', (ids: string[]) => {
       for (const id of ids) this.#lost.add(id);
+      if (this.#saving !== null && this.#lost.has(this.#saving)) this.#delivery?.abort();
       if (this.#job === null || !this.#lost.has(this.#job.id)) return;
       this.#options.log('warn', `job ${this.#job.id} lost its lock and is given up`);
       this.#command('drop');
@@ -231,7 +241,10 @@ export class Island {
       if (state === null) {
         const outcome = await this.#inTurn(own, job, task);
         if (outcome === null || !outcome.ok) return outcome;
-        if ('written' in outcome.value) return { ok: true, value: outcome.value.written };
+        if ('written' in outcome.value) {
+          await this.#deliver(job, message);
+          return { ok: true, value: outcome.value.written };
+        }
         state = outcome.value.copied;
       }
       const { step, epoch, directory } = message;
@@ -240,13 +253,32 @@ export class Island {
       job.updateProgress(copied).catch((error: Error) => this.#options.log('debug', `progress of job ${job.id}: ${error.message}`));
       this.#saving = job.id!;
       this.#hold(this.#job);
-      const written = await this.#background.write(message, state);
-      if (!written.ok) return written;
+      const here = this.#store?.written(message) ?? directory;
+      const written = await this.#background.write({ ...message, directory: here }, state);
+      if (!written.ok) return { ok: false, error: this.#store?.inTermsOfTheJob(written.error, { [directory]: here }) ?? written.error };
+      await this.#deliver(job, message);
       return { ok: true, value: { worker, epoch, step, directory, bytes: written.bytes, milliseconds: performance.now() - startedAt } };
     } finally {
       this.#saving = null;
       this.#hold(this.#job);
       leave();
+    }
+  }
+
+  /** A checkpoint that was written here is brought to the orchestrator's disk, where that is elsewhere. Throws CANCELLED when its job is given up. */
+  async #deliver(job: Job, message: Message<'checkpoint'>): Promise<void> {
+    if (this.#store === null) return;
+    const delivery = new AbortController();
+    this.#delivery = delivery;
+    if (this.#lost.has(job.id!)) delivery.abort();
+    const watch = await this.#control.watch(message.run, message.epoch, (command) => {
+      if (command === 'drop') delivery.abort();
+    });
+    try {
+      await this.#store.deliver(message, delivery.signal);
+    } finally {
+      watch.stop();
+      this.#delivery = null;
     }
   }
 
@@ -279,12 +311,34 @@ export class Island {
     const progress = new Progress(job, this.#options, origin?.epoch ?? 0);
     try {
       if (this.#pool.signals.command === 'drop') throw new NnError('CANCELLED', `job ${job.id} is of an older epoch, or its run is over, or its lock is lost`, { job: job.id! });
-      const outcome = await this.#pool.run(task, kind === 'steps' ? (report) => progress.report(report) : undefined);
+      const outcome = await this.#withFiles(task, kind === 'steps' ? (report) => progress.report(report) : undefined);
       await progress.sent();
       if (origin !== null && (kind === 'shard' || kind === 'reduce')) await this.#forgetIfOver(origin.run);
       return outcome;
     } finally {
       watch?.stop();
+    }
+  }
+
+  /**
+   * Does a task where its files are: without a store, that is here; with one they are fetched first. What turns out to be damaged
+   * in the cache is fetched anew, once.
+   */
+  async #withFiles(task: TaskOf<JobTask>, onReport?: (report: StepReport) => void): Promise<Outcome<JobTask>> {
+    const store = this.#store;
+    if (store === null) return this.#pool.run(task, onReport);
+    const transfers = new AbortController();
+    this.#transfers = transfers;
+    try {
+      for (let again = false; ; again = true) {
+        this.#command(this.#localCommand);
+        const prepared = await store.prepare(task, this.#pool.replica, transfers.signal, again);
+        const outcome: Outcome<JobTask> = await this.#pool.run({ ...task, local: prepared.local }, onReport);
+        if (outcome.ok) return outcome;
+        if (again || !(await store.isToBlame(outcome.error, prepared))) return { ...outcome, error: store.inTermsOfTheJob(outcome.error, prepared.local) };
+      }
+    } finally {
+      this.#transfers = null;
     }
   }
 
@@ -328,7 +382,9 @@ export class Island {
   /** Sets this process's own command, and tells the compute thread the stronger of it and the control's. */
   #command(local: Command): void {
     this.#localCommand = stronger(this.#localCommand, local);
-    this.#pool.signals.command = stronger(this.#localCommand, this.#controlCommand);
+    const command = stronger(this.#localCommand, this.#controlCommand);
+    this.#pool.signals.command = command;
+    if (command === 'stop' || command === 'drop') this.#transfers?.abort();
   }
 
   /** The device is free: the queues that were left alone are listened to again. */

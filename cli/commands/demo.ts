@@ -161,6 +161,7 @@ async function demo(options: DemoOptions): Promise<void> {
     home: join(directory, 'home'),
     runs: join(directory, 'runs'),
     redis: { prefix: `${base.redis.prefix}-demo-${stamp}` },
+    store: { url: '' },
     ...(process.env['CUDA_NN_LOG'] === undefined ? { logLevel: 'error' } : {}),
   });
   mkdirSync(directory, { recursive: true });

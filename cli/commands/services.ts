@@ -12,7 +12,7 @@ import { withLifetime } from '../lifetime.ts';
 import type { Lifetime } from '../lifetime.ts';
 import { note, printResult } from '../output.ts';
 import { parseGpus, parseWhole } from '../options.ts';
-import { checkConfiguredRedis, connect, findGpus, provideRedis, runOrchestrator, runServer, runWorkers } from '../stack.ts';
+import { checkConfiguredRedis, checkConfiguredStore, connect, findGpus, provideRedis, runOrchestrator, runServer, runWorkers, withoutStore } from '../stack.ts';
 
 interface WorkerOptions {
   gpus?: string;
@@ -49,7 +49,7 @@ const workersOf = (config: Config, { gpus, count, threads }: WorkerOptions) => (
 });
 
 async function up(options: WorkerOptions & ServerOptions & { json?: boolean }): Promise<void> {
-  const config = loadConfig(serverOverrides(options));
+  const config = withoutStore(loadConfig(serverOverrides(options)));
   const wanted = workersOf(config, options);
   await withLifetime(async (life) => {
     let redisFailed: (reason: string) => void = () => undefined;
@@ -92,6 +92,7 @@ async function worker(options: WorkerOptions): Promise<void> {
   const wanted = workersOf(config, options);
   await withLifetime(async (life) => {
     await life.until(checkConfiguredRedis(config));
+    await life.until(checkConfiguredStore(config));
     const supervisor = await life.until(runWorkers(life, config, wanted));
     await serve(life, never, supervisor);
   });

@@ -42,13 +42,18 @@ const equal = (a: string, b: string): boolean => {
 
 export class Access {
   readonly #token: string;
+  readonly #storeToken: string;
   readonly #host: string;
   readonly #secret = randomBytes(32);
 
   /** Throws USAGE for an address off loopback without a token of at least 16 characters. */
-  constructor(host: string, token: string) {
+  constructor(host: string, token: string, storeToken = '') {
     this.#host = host;
     this.#token = token;
+    this.#storeToken = storeToken;
+    if (!isLoopback(host) && storeToken !== '' && storeToken.length < 16) {
+      throw new NnError('USAGE', `to serve on ${host}, which others can reach, CUDA_NN_STORE_TOKEN must have at least 16 characters, or be left out`, { host });
+    }
     if (!isLoopback(host) && token.length < 16) {
       const what = token === '' ? 'a token' : 'a token of at least 16 characters';
       throw new NnError('USAGE', `to serve on ${host}, which others can reach, set CUDA_NN_TOKEN to ${what} (openssl rand -hex 32); or serve on 127.0.0.1`, { host });
@@ -82,6 +87,14 @@ export class Access {
     if (fetchSite !== undefined && fetchSite !== 'same-origin' && fetchSite !== 'none') return { allowed: false, status: 403, reason: 'requests from other sites may not change anything' };
     if (origin !== undefined && !sameOrigin(origin, host)) return { allowed: false, status: 403, reason: 'requests from other origins may not change anything' };
     return yes;
+  }
+
+  /** Whether the request may use the store: with the store's own token, which opens nothing else, or as `knows` says. */
+  knowsStore(facts: RequestFacts): Verdict {
+    const bearer = /^Bearer (.+)$/.exec(facts.authorization ?? '')?.[1];
+    if (this.#storeToken !== '' && bearer !== undefined && equal(bearer, this.#storeToken)) return yes;
+    if (this.needsToken) return this.knows(facts);
+    return this.#storeToken === '' ? yes : { allowed: false, status: 401, reason: 'the store wants its token: set CUDA_NN_STORE_TOKEN to the same on both sides' };
   }
 
   /** Whether the request carries the token, or the cookie of a login. */

@@ -3,6 +3,7 @@
  */
 import type { QueueName, RunRecord, WorkerRecord } from '../../config/messages.ts';
 import type { QueueCounts } from '../queues.ts';
+import type { StoreCounters } from './store.ts';
 
 type Sample = readonly [labels: Readonly<Record<string, string>>, value: number | null];
 
@@ -24,7 +25,7 @@ function countBy<Item>(items: readonly Item[], key: (item: Item) => string, name
 }
 
 /** Runs that are over count by phase only, so that the number of series stays bounded by what goes on. */
-export function prometheusText(runs: readonly RunRecord[], workers: readonly WorkerRecord[], queues: Readonly<Record<QueueName, QueueCounts>>): string {
+export function prometheusText(runs: readonly RunRecord[], workers: readonly WorkerRecord[], queues: Readonly<Record<QueueName, QueueCounts>>, moved: StoreCounters): string {
   const live = runs.filter(({ phase }) => phase === 'running' || phase === 'pausing' || phase === 'paused');
   const ofRun = (value: (record: RunRecord) => number | null): Sample[] => live.map((record) => [{ run: record.run }, value(record)]);
   return [
@@ -41,6 +42,8 @@ export function prometheusText(runs: readonly RunRecord[], workers: readonly Wor
     family('nn_run_faults', 'Faults by code.', live.flatMap(({ run, faultCounts }) => Object.entries(faultCounts).map(([code, count]): Sample => [{ run, code }, count]))),
     family('nn_run_epoch', 'Times that jobs of the run were given up.', ofRun(({ epoch }) => epoch)),
     family('nn_workers', 'Live workers by state.', countBy(workers, ({ state }) => state, 'state')),
+    family('nn_store_sent_bytes', 'Bytes of files that the store has sent to workers since it began.', [[{}, moved.sentBytes]]),
+    family('nn_store_received_bytes', 'Bytes of checkpoints that the store has received from workers since it began.', [[{}, moved.receivedBytes]]),
     family('nn_queue_jobs', 'Jobs in the queues by state.', Object.entries(queues).flatMap(([queue, counts]) =>
       Object.entries(counts).map(([state, count]): Sample => [{ queue, state }, count]))),
   ].join('');

@@ -7,6 +7,7 @@
  *   GET  /api/runs/:id/events       server-sent events   POST /api/runs/:id/{pause,resume,cancel,retry}
  *   GET  /api/runs/:id/curve        loss by step         GET  /healthz  /metrics         liveness, Prometheus
  *   GET  /api/workers  /api/queues                       *    /queues                    bull-board
+ *   *    /store                     files of runs and deliveries of checkpoints, for workers elsewhere (store.ts)
  */
 import { resolve } from 'node:path';
 import { createBullBoard } from '@bull-board/api';
@@ -24,6 +25,8 @@ import type { RequestFacts } from './access.ts';
 import { Histories } from './history.ts';
 import { LOGIN_HTML, PAGE_CSS, PAGE_HTML, PAGE_SCRIPT } from './page.ts';
 import { prometheusText } from './prometheus.ts';
+import { isStorePath, store } from './store.ts';
+import type { StoreCounters } from './store.ts';
 
 export interface Server {
   readonly url: string;
@@ -63,7 +66,7 @@ function statusOf(error: unknown): number {
 /** Throws USAGE for an address off loopback without a token, PORT_IN_USE. */
 export async function startServer({ config, client, logger }: { config: Config; client: Client; logger?: Logger }): Promise<Server> {
   const { host, port, token } = config.server;
-  const access = new Access(host, token);
+  const access = new Access(host, token, config.store.token);
   const app = fastify({ bodyLimit: BODY_BYTES, requestTimeout: REQUEST_TIMEOUT_MS, forceCloseConnections: true, routerOptions: { maxParamLength: 128 } });
   // A form of another site can send text/plain, but not JSON, without asking first.
   app.removeContentTypeParser('text/plain');
@@ -77,7 +80,8 @@ export async function startServer({ config, client, logger }: { config: Config; 
     return reply.status(status).send({ error: shown });
   });
   pages(app, access);
-  api(app, client, new Histories(resolve(config.runs)));
+  const runs = resolve(config.runs);
+  api(app, client, new Histories(runs), store(app, client, config, runs));
   board(app, client);
   try {
     await app.listen({ host, port });
@@ -105,10 +109,10 @@ function guard(app: FastifyInstance, access: Access): void {
     const here = access.fromHere(facts(request));
     if (!here.allowed) return reply.status(here.status).send({ error: { code: 'USAGE', message: here.reason, context: {} } });
     if (path === '/healthz' || path === '/login' || path === '/page.css') return;
-    const known = access.knows(facts(request));
+    const known = isStorePath(path) ? access.knowsStore(facts(request)) : access.knows(facts(request));
     if (known.allowed) return;
     if (request.method === 'GET' && path === '/') return reply.redirect('/login');
-    return reply.status(known.status).header('www-authenticate', 'Bearer').send({ error: { code: 'USAGE', message: known.reason, context: {} } });
+    return reply.status(known.status).header('www-authenticate', 'Bearer').send({ error: { code: isStorePath(path) ? 'STORE_AUTH' : 'USAGE', message: known.reason, context: {} } });
   });
 }
 
@@ -134,7 +138,7 @@ function pages(app: FastifyInstance, access: Access): void {
   });
 }
 
-function api(app: FastifyInstance, client: Client, histories: Histories): void {
+function api(app: FastifyInstance, client: Client, histories: Histories, moved: StoreCounters): void {
   interface ById {
     Params: { id: string };
   }
@@ -145,7 +149,7 @@ function api(app: FastifyInstance, client: Client, histories: Histories): void {
   app.get('/api/queues', async () => ({ queues: await client.queues() }));
   app.get('/metrics', async (_request, reply) => {
     const [runs, workers, queues] = await Promise.all([client.runs(), client.workers(), client.queues()]);
-    return reply.type('text/plain; version=0.0.4; charset=utf-8').send(prometheusText(runs, workers, queues));
+    return reply.type('text/plain; version=0.0.4; charset=utf-8').send(prometheusText(runs, workers, queues, moved));
   });
   app.post('/api/runs', async (request, reply) => {
     const run = await client.train(request.body as RunSpecInput);

@@ -12,6 +12,7 @@ import type { RunSpec } from '../../config/run-spec.ts';
 import { Device } from '../../cuda/device.ts';
 import { RedisExchange } from '../../workers/exchange/redis.ts';
 import { Replica } from '../../workers/replica.ts';
+import { Places } from '../../workers/places.ts';
 import { Signals } from '../../workers/signals.ts';
 import { World, originOf } from './worker-helpers.ts';
 
@@ -24,7 +25,7 @@ class Bench {
 
   constructor(world: World, spec: RunSpec, worker: string) {
     this.exchange = new RedisExchange({ url: world.config.redis.exchangeUrl, config: world.config, beat: () => this.signals.check() });
-    this.replica = new Replica({ device: this.device, exchange: this.exchange, signals: this.signals, config: world.config, worker, run: spec.name, spec });
+    this.replica = new Replica({ device: this.device, exchange: this.exchange, signals: this.signals, places: new Places(), config: world.config, worker, run: spec.name, spec });
   }
 
   close(): void {

@@ -124,7 +124,7 @@ describe('orchestrator: ids and metrics text', () => {
     const spec = parseRunSpec({ name: 'r', model: 'tiny', data: { train: 't' }, steps: 3, batch: { sequences: 1, sequenceLength: 8 } });
     const counts = { waiting: 1, active: 0, delayed: 0, failed: 0, completed: 0 };
     const runs = [{ ...queuedRecord('a"b\\', spec, 0), phase: 'running', step: 2 } as const, { ...queuedRecord('old', spec, 0), phase: 'completed' } as const];
-    const text = prometheusText(runs, [], { runs: counts, train: counts, eval: counts, generate: counts });
+    const text = prometheusText(runs, [], { runs: counts, train: counts, eval: counts, generate: counts }, { sentBytes: 1, receivedBytes: 2 });
     expect(text).to.include('nn_run_step{run="a\\"b\\\\"} 2\n').and.to.include('nn_runs{phase="completed"} 1\n').and.not.to.include('old');
     expect(text).to.include('nn_queue_jobs{queue="train",state="waiting"} 1\n').and.not.to.include('NaN').and.not.to.include('null');
   });

@@ -38,6 +38,7 @@ export const ERROR_KINDS = {
   REDIS_AUTH: kind('never', 4, 'Redis refuses the user or password.'),
   REDIS_POLICY: kind('never', 4, 'Redis may evict keys: its maxmemory-policy is not noeviction.'),
   ALREADY_UP: kind('never', 3, 'Another `cuda-nn up` runs in this home directory.'),
+  REDIS_LOST: kind('retry', 4, 'Redis lost what it had confirmed; what is missing is planned again.'),
   PORT_IN_USE: kind('never', 4, 'The port is taken by another process.'),
   DISK_FULL: kind('retry', 4, 'The disk is full; what was complete before is kept.'),
   DISK_FAULT: kind('retry', 4, 'The disk, or the server of a network file system, reports an error.'),

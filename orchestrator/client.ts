@@ -18,6 +18,8 @@ import type { Config } from '../config/schema.ts';
 import { TokenFile } from '../data/token-file.ts';
 import { Queues } from './queues.ts';
 import type { QueueCounts } from './queues.ts';
+import { restoreRuns } from './restore.ts';
+import type { Restored } from './restore.ts';
 import { queuedRecord } from './run-state.ts';
 import { RunStore } from './run-store.ts';
 import type { Wish } from './run-store.ts';
@@ -29,6 +31,7 @@ export type { RunSpec, RunSpecInput } from '../config/run-spec.ts';
 export { loadConfig } from '../config/schema.ts';
 export type { Config } from '../config/schema.ts';
 export type { QueueCounts } from './queues.ts';
+export type { Restored } from './restore.ts';
 
 export interface EvalRequest {
   /** Checkpoint directory: of a run, or any Mixtral of Hugging Face. */
@@ -123,6 +126,14 @@ export class Client {
   async runs(): Promise<RunRecord[]> {
     const records = await this.#within(this.#store.records(), 'the runs');
     return records.sort((a, b) => b.createdAtMs - a.createdAtMs || (a.run < b.run ? -1 : 1));
+  }
+
+  /**
+   * Rebuilds runs on a Redis that does not know them from their directories: those of these names, or all there are. What
+   * Redis knows is left alone. Tells what became of each; see restore.ts. Throws REDIS_UNAVAILABLE, TIMEOUT.
+   */
+  async restore(names: readonly string[] = []): Promise<Restored[]> {
+    return restoreRuns({ runs: resolve(this.#config.runs), store: this.#store, addRun: (run, priority) => this.#queues.addRun(run, priority) }, names);
   }
 
   /** Workers whose heartbeat is fresh by this machine's clock. */

@@ -9,8 +9,10 @@ import { randomUUID } from 'node:crypto';
 import { join, resolve } from 'node:path';
 import type { Logger } from 'pino';
 import { NnError, toErrorRecord } from '../config/errors.ts';
+import type { Control } from '../config/keys.ts';
 import { TERMINAL_PHASES } from '../config/messages.ts';
-import type { RunEvent, RunFault } from '../config/messages.ts';
+import type { RunEvent, RunFault, RunRecord } from '../config/messages.ts';
+import { parseRunSpec } from '../config/run-spec.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import type { Config } from '../config/schema.ts';
 import { failedRecord } from './attempts.ts';
@@ -18,9 +20,10 @@ import { deleteCheckpoint, findCheckpoints } from './checkpoints.ts';
 import type { ExchangeKeys } from './exchange-keys.ts';
 import { History } from './history.ts';
 import { FaultLog } from './fault-log.ts';
-import { RunMetrics, claimDirectory } from './metrics.ts';
+import { RunMetrics } from './metrics.ts';
 import { gradientBytes } from './plan.ts';
 import type { JobEvent, Queues } from './queues.ts';
+import { claimDirectory, readRecordFile, writeRecordFile } from './run-directory.ts';
 import { step } from './run-machine.ts';
 import { initialState, parseJobId, recordOf } from './run-state.ts';
 import type { Effect, JobAddress, MachineEvent, RunState } from './run-state.ts';
@@ -38,6 +41,8 @@ export interface DriverContext {
   readonly exchange: ExchangeKeys;
   /** Calls back when the wish of the run may have changed; returns how to stop that. */
   readonly onWish: (run: string, heard: () => void) => () => void;
+  /** Calls back when another process of Redis answers than before: it may have lost the last writes. */
+  readonly onRestart: (heard: () => void) => () => void;
   /** Whether this orchestrator drives other runs. */
   readonly othersActive: (run: string) => boolean;
 }
@@ -69,6 +74,8 @@ export class Driver {
   #lastWord: RunEvent | null = null;
   #recordDirty = false;
   #recordWriting: Promise<void> | null = null;
+  /** Of record.json; no worker is told a later one before it lies there. */
+  #epochOnDisk = -1;
   /** Files whose lines wait for room on the disk. */
   readonly #diskFull = new Set<string>();
   readonly #ended: Promise<'done' | 'handover'>;
@@ -92,7 +99,7 @@ export class Driver {
 
   /** Drives the run to its end, or until the signal takes it away. Never throws for what the run's record can tell. */
   async drive(): Promise<'done' | 'handover'> {
-    const { store, watch, queues, onWish, config } = this.#context;
+    const { store, watch, queues, onWish, onRestart, config } = this.#context;
     const stored = await store.read(this.#run).catch((error: unknown) => {
       this.#logger.warn(toErrorRecord(error), 'a job for a run without a record');
       return null;
@@ -104,12 +111,14 @@ export class Driver {
       await store.sweep(this.#run, this.#token);
       return 'done';
     }
-    this.#spec = stored.spec;
+    // With the defaults of this version, should an older one have queued the run.
+    this.#spec = parseRunSpec(stored.spec);
     const stops: (() => void)[] = [];
     try {
       await this.#recover();
       stops.push(watch.listen((workers) => this.#hear({ type: 'workers', workers })));
       stops.push(onWish(this.#run, () => void this.#readWish()));
+      stops.push(onRestart(() => this.#hear({ type: 'restarted' })));
       const timer = setInterval(() => this.#tick(), config.orchestrator.watchMs);
       stops.push(() => clearInterval(timer));
       const aborted = (): void => this.#end('handover');
@@ -136,11 +145,18 @@ export class Driver {
   async #recover(): Promise<void> {
     const { store, config, exchange, watch, queues } = this.#context;
     claimDirectory(this.#directory, this.#spec);
-    const [{ record }, control, found] = await Promise.all([store.read(this.#run), store.readControl(this.#run), findCheckpoints(this.#directory)]);
+    const [stored, told, found] = await Promise.all([store.read(this.#run), store.readControl(this.#run), findCheckpoints(this.#directory)]);
+    const kept = readRecordFile(this.#directory);
+    const lost = kept !== null && kept.epoch > Math.max(stored.record.epoch, told?.epoch ?? 0);
+    // Redis lost its last writes: a worker may hold a job of any epoch up to the one on the disk.
+    const record = lost ? { ...stored.record, epoch: kept.epoch + 1 } : stored.record;
+    const control = lost ? null : told;
+    this.#epochOnDisk = kept?.epoch ?? -1;
     this.#metrics = new RunMetrics(this.#directory, Date.now());
     this.#history = new History(this.#directory, this.#token);
     this.#faults = new FaultLog(this.#directory);
-    const { counted } = this.#metrics;
+    // Metrics that somebody took away are not steps that nobody counted.
+    const counted = this.#metrics.counted?.step === 0 ? { ...this.#metrics.counted, step: record.step, lastReport: record.lastReport } : this.#metrics.counted;
     const reached = counted?.step ?? record.step;
     const checkpoints = found.good.filter((checkpoint) => checkpoint.step <= reached);
     const newest = checkpoints.at(-1)?.step ?? 0;
@@ -168,6 +184,10 @@ export class Driver {
     await watch.look();
     this.#hear({ type: 'workers', workers: watch.views });
     for (const { directory, error } of found.bad) this.#hear({ type: 'fault', what: `checkpoint ${directory}`, error });
+    if (lost) {
+      const message = `Redis knows of epoch ${stored.record.epoch}, the run had come to ${kept.epoch}; its jobs are planned anew`;
+      this.#hear({ type: 'fault', what: 'Redis', error: { code: 'REDIS_LOST', message, context: {} } });
+    }
     if (control !== null) await this.#adopt();
     this.#hear({ type: 'ready' });
   }
@@ -197,6 +217,7 @@ export class Driver {
     const { record } = await store.read(this.#run);
     const atMs = Date.now();
     const failed = failedRecord(record, toErrorRecord(error), atMs);
+    this.#writeRecordFile(failed);
     await store.close(this.#run, this.#token, failed, { type: 'phase', phase: 'failed', atMs });
     await this.#eraseWork(record.epoch, 0);
     await store.leave(this.#run, this.#token);
@@ -290,7 +311,7 @@ export class Driver {
       case 'control':
         // The end of a run deletes its control: that stops every job at once, and for good.
         if (TERMINAL_PHASES.includes(this.#state.phase)) return store.deleteControl(this.#run, this.#token);
-        return store.writeControl(this.#run, this.#token, effect.control);
+        return this.#writeControl(effect.control);
       case 'metrics':
         this.#append('metrics', () => this.#metrics.append(effect.line));
         return null;
@@ -301,6 +322,7 @@ export class Driver {
         if (effect.event.type === 'phase') this.#logger.info(`run is ${effect.event.phase}`);
         if (effect.event.type === 'fault') this.#logger.warn(effect.event.error, `fault: ${effect.event.what}`);
         if (effect.event.type === 'phase') return this.#announce(effect.event);
+        if (effect.event.type === 'checkpoint') this.#writeRecordFile(recordOf(this.#state));
         if (effect.event.type === 'fault') this.#logFault(effect.event);
         this.#background('event', store.publish(this.#run, this.#token, effect.event));
         return null;
@@ -332,7 +354,29 @@ export class Driver {
       this.#lastWord = event;
       return null;
     }
-    return store.writeRecord(this.#run, this.#token, recordOf(this.#state)).then(() => store.publish(this.#run, this.#token, event));
+    return this.#keepRecord().then(() => store.publish(this.#run, this.#token, event));
+  }
+
+  /** The record in Redis, then, as it is ours to write, on the disk. Throws Fenced. */
+  async #keepRecord(): Promise<void> {
+    const record = recordOf(this.#state);
+    await this.#context.store.writeRecord(this.#run, this.#token, record);
+    if (!TERMINAL_PHASES.includes(record.phase)) this.#writeRecordFile(record);
+  }
+
+  /** A disk that is full is told of by the metrics; `restore` reckons with it. */
+  #writeRecordFile(record: RunRecord): void {
+    try {
+      writeRecordFile(this.#directory, record);
+      this.#epochOnDisk = record.epoch;
+    } catch (error) {
+      this.#logger.warn(toErrorRecord(error), 'record.json not written');
+    }
+  }
+
+  async #writeControl(control: Control): Promise<void> {
+    if (control.epoch > this.#epochOnDisk) await this.#keepRecord();
+    await this.#context.store.writeControl(this.#run, this.#token, control);
   }
 
   /** A disk that is full is a fault once; the lines wait in memory for room. */
@@ -412,7 +456,9 @@ export class Driver {
     await this.#recordWriting;
     const { epoch } = this.#state;
     if (completed) await this.#eraseWork(epoch, ERASE_WAIT_MS);
-    await store.close(this.#run, this.#token, recordOf(this.#state), this.#lastWord!);
+    const record = recordOf(this.#state);
+    if (await store.owns(this.#run, this.#token)) this.#writeRecordFile(record);
+    await store.close(this.#run, this.#token, record, this.#lastWord!);
     if (!completed) await this.#eraseWork(epoch, config.orchestrator.requestTimeoutMs);
     await store.leave(this.#run, this.#token);
     this.#end('done');

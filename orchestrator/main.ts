@@ -3,16 +3,22 @@
  * driver. Started by the command line (`up`, `orchestrator`, `demo`) and by tests; it holds nothing that Redis and the runs'
  * directories do not hold too, so it may be killed at any time.
  */
+import { join, resolve } from 'node:path';
 import type { Logger } from 'pino';
 import { toErrorRecord } from '../config/errors.ts';
 import { keys } from '../config/keys.ts';
 import { TERMINAL_PHASES } from '../config/messages.ts';
+import type { RunRecord } from '../config/messages.ts';
 import { checkRedis, openRedis, redisAddresses } from '../config/redis.ts';
+import type { Redis } from '../config/redis.ts';
+import { parseRunSpec } from '../config/run-spec.ts';
+import type { RunSpec } from '../config/run-spec.ts';
 import type { Config } from '../config/schema.ts';
 import { Driver } from './driver.ts';
 import type { DriverContext } from './driver.ts';
 import { ExchangeKeys } from './exchange-keys.ts';
 import { Queues } from './queues.ts';
+import { claimDirectory, readRecordFile, writeRecordFile } from './run-directory.ts';
 import { RunStore } from './run-store.ts';
 import { WorkerWatch } from './worker-watch.ts';
 
@@ -43,6 +49,18 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
   subscriber.on('message', (_channel: string, run: string) => wishes.get(run)?.());
   await subscriber.subscribe(names.wishChannel);
 
+  const restarts = new Set<() => void>();
+  let server = await serverOf(redis);
+  redis.on('ready', () => {
+    serverOf(redis).then(async (now) => {
+      if (now === server) return;
+      server = now;
+      logger.warn('Redis was started anew, or another took its place; what it may have lost is planned again');
+      await watch.look();
+      for (const heard of restarts) heard();
+    }).catch(onError);
+  });
+
   const active = new Set<string>();
   const context: DriverContext = {
     config,
@@ -57,9 +75,13 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
         if (wishes.get(run) === heard) wishes.delete(run);
       };
     },
+    onRestart: (heard) => {
+      restarts.add(heard);
+      return () => restarts.delete(heard);
+    },
     othersActive: (run) => [...active].some((other) => other !== run),
   };
-  const server = queues.serveRuns(async (run, signal) => {
+  const serving = queues.serveRuns(async (run, signal) => {
     active.add(run);
     try {
       return await new Driver(context, run, signal).drive();
@@ -80,7 +102,9 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
 
   const janitor = async (): Promise<void> => {
     try {
-      for (const { run, phase } of await store.records()) {
+      for (const record of await store.records()) {
+        const { run, phase } = record;
+        if (phase === 'queued') keepQueued(join(resolve(config.runs), run), record, (await store.read(run)).spec);
         if (TERMINAL_PHASES.includes(phase) || active.has(run) || (await queues.hasRun(run))) continue;
         await queues.addRun(run, (await store.read(run)).spec.priority);
       }
@@ -94,10 +118,23 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
   return {
     stop: async () => {
       clearInterval(timer);
-      await server.stop();
+      await serving.stop();
       watch.stop();
       await queues.close();
       for (const connection of new Set([subscriber, exchangeRedis, redis])) connection.disconnect();
     },
   };
+}
+
+/** Names the process of Redis that answers; the empty string when it does not say. */
+async function serverOf(redis: Redis): Promise<string> {
+  return /run_id:(\w+)/.exec(await redis.info('server'))?.[1] ?? '';
+}
+
+/** A run that waits for its turn has a directory too, so that `restore` finds it. Throws RUN_EXISTS, DISK_FULL. */
+function keepQueued(directory: string, record: RunRecord, spec: RunSpec): void {
+  const kept = readRecordFile(directory);
+  if (kept !== null && kept.epoch >= record.epoch) return;
+  claimDirectory(directory, parseRunSpec(spec));
+  writeRecordFile(directory, record);
 }

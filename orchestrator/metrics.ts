@@ -1,29 +1,13 @@
 /**
- * What a run leaves on disk beside its checkpoints: spec.json, metrics.jsonl (one line a step, each step once, in order:
+ * What a run leaves on disk beside its checkpoints: metrics.jsonl (one line a step, each step once, in order:
  * its StepReport and speed), evals.jsonl and TensorBoard events. Appends are ordinary writes, which outlive this process; fsync follows within a second and
  * before a checkpoint is asked for. Called by driver.ts; knows nothing of Redis.
  */
-import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { NnError } from '../config/errors.ts';
 import type { StepReport } from '../config/messages.ts';
-import type { RunSpec } from '../config/run-spec.ts';
 import { LineFile } from './line-file.ts';
 import type { MetricsLine, Recovered } from './run-state.ts';
 import { TensorBoardWriter } from './tensorboard.ts';
-
-/** Writes spec.json, or checks the one that is there. Throws RUN_EXISTS when the directory belongs to another spec. */
-export function claimDirectory(directory: string, spec: RunSpec): void {
-  mkdirSync(directory, { recursive: true });
-  const path = join(directory, 'spec.json');
-  const text = `${JSON.stringify(spec, null, 2)}\n`;
-  if (existsSync(path)) {
-    if (readFileSync(path, 'utf8') === text) return;
-    throw new NnError('RUN_EXISTS', `${directory} holds a run of another spec; choose another name, or move the directory away`, { path: directory });
-  }
-  writeFileSync(`${path}.partial`, text);
-  renameSync(`${path}.partial`, path);
-}
 
 /** A line of metrics.jsonl. */
 export type StepLine = StepReport & { readonly tokensPerSecond: number; readonly epoch: number; readonly atMs: number };

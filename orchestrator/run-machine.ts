@@ -100,6 +100,7 @@ class Machine {
       case 'wish': return this.hearWish(event.wish);
       case 'fault': return this.fault(event.what, event.error);
       case 'fatal': return this.fail(event.error);
+      case 'restarted': return this.hearRestarted();
       case 'tick': return this.tick();
     }
   }
@@ -377,6 +378,17 @@ class Machine {
     state.checkpoints = good.filter((each) => each.step <= state.step);
     state.sharedVersion = state.checkpoints.at(-1)?.step ?? 0;
     this.replan({ code: 'CHECKPOINT_INVALID', message: 'a checkpoint is damaged; the one before is used', context: {} });
+  }
+
+  /** Control, claims and jobs may be older than we know. A new epoch makes whatever came back of them void. */
+  private hearRestarted(): void {
+    const state = this.state;
+    if (!state.ready) return;
+    const message = 'Redis was started anew and may have lost its last writes; what was under way is planned again';
+    this.fault('Redis', { code: 'REDIS_LOST', message, context: {} });
+    state.claims = state.workers.filter((worker) => worker.heldBy === state.settings.run).map((worker) => worker.id);
+    this.giveUp();
+    this.decide();
   }
 
   private hearWish(wish: 'pause' | 'resume' | 'cancel'): void {

@@ -183,6 +183,8 @@ export type MachineEvent = { readonly atMs: number } & (
   | { readonly type: 'fault'; readonly what: string; readonly error: ErrorRecord }
   /** The driver met a failure that does. */
   | { readonly type: 'fatal'; readonly error: ErrorRecord }
+  /** Redis was started anew, or another took its place: what it was told last may be lost. */
+  | { readonly type: 'restarted' }
   | { readonly type: 'tick' }
 );
 

@@ -1,16 +1,17 @@
 /**
- * The commands about runs: train, runs, status, logs, pause, resume, cancel, retry. All are written on the Client library and
+ * The commands about runs: train, runs, status, logs, pause, resume, cancel, retry, restore. All are written on the Client library and
  * need services that are up. Called by main.ts.
  */
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Command } from 'commander';
-import { NnError } from '../../config/errors.ts';
+import { NnError, fromErrorRecord } from '../../config/errors.ts';
 import { TERMINAL_PHASES } from '../../config/messages.ts';
 import type { RunEvent, RunRecord } from '../../config/messages.ts';
 import { parseRunSpec, tokensPerStep } from '../../config/run-spec.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
+import type { Restored } from '../../orchestrator/client.ts';
 import type { EvalLine, StepLine } from '../../orchestrator/metrics.ts';
 import { eventLine, followRun, meanAux } from '../follow.ts';
 import { withLifetime } from '../lifetime.ts';
@@ -193,6 +194,28 @@ async function control(verb: Verb, name: string, options: { json?: boolean }): P
   });
 }
 
+/** What became of a run, in a few words. */
+function restoredText({ outcome, phase, step, steps, checkpoint, error }: Restored): string {
+  switch (outcome) {
+    case 'queued': return `${phase} again, goes on from step ${checkpoint}; ${step} of ${steps} counted`;
+    case 'restored': return `${phase} at step ${step} of ${steps}; its record is back`;
+    case 'kept': return `${phase}; Redis knows it, nothing was done`;
+    case 'refused': return printable(`${error!.code}: ${error!.message}`);
+  }
+}
+
+/** Exits with the code of the first run that could not be restored; the others are. */
+async function restore(names: string[], options: { json?: boolean }): Promise<void> {
+  await withLifetime(async (life) => {
+    const client = await connect(life, loadConfig());
+    const restored = await life.until(client.restore(names));
+    const rows = restored.map((each): [string, string] => [printable(each.run), restoredText(each)]);
+    printResult(options.json, restored, () => (rows.length === 0 ? ['no runs to restore'] : fields(rows)));
+    const refused = restored.find(({ error }) => error !== null);
+    if (refused !== undefined) throw fromErrorRecord(refused.error!);
+  });
+}
+
 export function registerRunCommands(program: Command): void {
   const json = (command: Command, what = 'print JSON'): Command => command.option('--json', what);
   json(program.command('train'))
@@ -208,6 +231,10 @@ export function registerRunCommands(program: Command): void {
     .option('-f, --follow', 'go on until the run ends')
     .description('print a run’s steps')
     .action(logs);
+  json(program.command('restore'))
+    .argument('[runs...]', 'runs to restore; all that have a directory if none is named')
+    .description('rebuild runs on a Redis that lost them, from their directories')
+    .action(restore);
   const controls: Record<Verb, string> = {
     pause: 'stop a run at its next step, keeping all',
     resume: 'go on with a paused run',

@@ -5,7 +5,7 @@
  */
 import { spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
-import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readdirSync, rmSync, statSync, truncateSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Redis } from 'ioredis';
@@ -62,6 +62,20 @@ export class RedisServer {
     const gone = new Promise((resolve) => child.once('exit', resolve));
     child.kill('SIGKILL');
     await gone;
+  }
+
+  /** While killed: its disk is that of a server that never was. */
+  empty(): void {
+    rmSync(join(this.#directory, `${this.#name}-aof`), { recursive: true, force: true });
+  }
+
+  /** While killed: cuts the last bytes off what it wrote down, as when a machine loses its last second. Returns how many there were. */
+  truncate(bytes: number): number {
+    const files = join(this.#directory, `${this.#name}-aof`);
+    const file = join(files, readdirSync(files).find((name) => name.endsWith('.incr.aof'))!);
+    const { size } = statSync(file);
+    truncateSync(file, Math.max(0, size - bytes));
+    return size;
   }
 
   /** The server stands still: connections stay, nothing is answered. Takes effect before this returns. */

@@ -14,6 +14,7 @@
  *   <p>:x:<run>:shard:<step>:<shard>      string   workers       ShardResult (JSON) of a published gradient, written last
  *   <p>:x:<run>:shard:<step>:<shard>:<i>  string   workers       chunk i of it (binary)
  *   <p>:x:<run>:sum:<step>[:<i>]          string   workers       the same of a step's reduced gradient (ReduceResult)
+ * On branch <b> of a run that was rolled back (branches.ts), <p>:x:<run>:branch:<b>:shard: and <p>:x:<run>:branch:<b>:sum:
  * The <p>:x: keys lie in the Redis of the exchange, the others in the Redis of the queues.
  */
 import type { QueueName } from './messages.ts';
@@ -34,10 +35,12 @@ export const keys = (prefix: string) => ({
   events: (run: string) => `${prefix}:run:${run}:events`,
   controlChannel: `${prefix}:control`,
   wishChannel: `${prefix}:wishes`,
-  shardGradient: (run: string, step: number, shard: number) => `${prefix}:x:${run}:shard:${step}:${shard}`,
-  reducedGradient: (run: string, step: number) => `${prefix}:x:${run}:sum:${step}`,
-  exchangeOf: (run: string) => `${prefix}:x:${run}:`,
+  shardGradient: (run: string, step: number, shard: number, branch = 0) => `${exchangeOf(prefix, run, branch)}shard:${step}:${shard}`,
+  reducedGradient: (run: string, step: number, branch = 0) => `${exchangeOf(prefix, run, branch)}sum:${step}`,
+  exchangeOf: (run: string) => exchangeOf(prefix, run, 0),
 });
+
+const exchangeOf = (prefix: string, run: string, branch: number): string => `${prefix}:x:${run}:${branch === 0 ? '' : `branch:${branch}:`}`;
 
 /** The queue that only one worker serves. */
 export const workerQueue = (queue: Exclude<QueueName, 'runs'>, worker: string): string => `${queue}-${worker}`;

@@ -33,6 +33,8 @@ const origin = z.strictObject({
   epoch: index,
   /** The newest good checkpoint at or before the wanted version: its directory and step; null: the seed's initial weights. */
   checkpoint: z.strictObject({ directory: z.string(), step: index }).nullable(),
+  /** How often, from where and to where the run was rolled back, which decides what its versions are (config/branches.ts); absent: never. */
+  rollbacks: z.array(z.strictObject({ fromStep: index, toStep: index })).min(1).optional(),
   /** The run's spec as checked JSON (config/run-spec.ts). */
   spec: z.record(z.string(), z.unknown()),
 });
@@ -177,7 +179,8 @@ export interface WorkerRecord {
   readonly device: { readonly kind: 'cpu' | 'cuda'; readonly name: string; readonly index: number; readonly memoryBytes: number };
   readonly precisions: readonly ('fp32' | 'bf16')[];
   readonly state: 'idle' | 'busy' | 'draining';
-  readonly replica: { readonly run: string; readonly step: number } | null;
+  /** `branch`: the one that its version was computed on; absent: 0. */
+  readonly replica: { readonly run: string; readonly step: number; readonly branch?: number } | null;
   readonly heartbeatAtMs: number;
   readonly startedAtMs: number;
   /** How the process before this incarnation ended; null: as it was asked to, or there was none. */

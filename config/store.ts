@@ -13,21 +13,21 @@
  *   POST  /store/runs/:run/:role/upload/:id          verify and name: {state}
  */
 import { z } from 'zod';
+import { parseCheckpointName } from './branches.ts';
+import type { CheckpointName } from './branches.ts';
 
 export const STORE_PROTOCOL = 1;
 
-/** The files that a run has. `train`, `validation` and `tokenizer` are single files; `initial` and `step-<n>` checkpoint directories. */
-export type Role = 'train' | 'validation' | 'tokenizer' | 'initial' | `step-${number}`;
+/** The files that a run has. `train`, `validation` and `tokenizer` are single files; `initial` and `step-<n>` (branches.ts) checkpoint directories. */
+export type Role = 'train' | 'validation' | 'tokenizer' | 'initial' | CheckpointName;
 
-const ROLE = /^(train|validation|tokenizer|initial|step-(0|[1-9]\d{0,14}))$/;
+const ROLE = /^(train|validation|tokenizer|initial)$/;
 
 /** The role of that name, or null. */
-export const roleOf = (name: string): Role | null => (ROLE.test(name) ? (name as Role) : null);
+export const roleOf = (name: string): Role | null => (ROLE.test(name) || parseCheckpointName(name) !== null ? (name as Role) : null);
 
-export const checkpointRole = (step: number): Role => `step-${step}`;
-
-/** The step of a checkpoint's role, or null. */
-export const stepOf = (role: Role): number | null => (role.startsWith('step-') ? Number(role.slice(5)) : null);
+/** Whether the role is that of a checkpoint. */
+export const isCheckpoint = (role: Role): role is CheckpointName => parseCheckpointName(role) !== null;
 
 /** The name of the one file of `train`, `validation` and `tokenizer`. */
 export const SINGLE = 'contents';

@@ -4,7 +4,7 @@
  * Knows no device and no queue. Called by workers (write) and the orchestrator (list, newest good). The reader lies in
  * checkpoint-reader.ts and is exported from here too.
  *
- *   runs/<id>/checkpoints/step-<n>/
+ *   runs/<id>/checkpoints/step-<n>/                  config/branches.ts has its name on other branches than the first
  *     config.json generation_config.json            Hugging Face MixtralForCausalLM
  *     model.safetensors, or above 5 GB              weights in the run's precision
  *       model-00001-of-0000N.safetensors + model.safetensors.index.json
@@ -17,6 +17,7 @@
 import { mkdirSync, readFileSync, readdirSync } from 'node:fs';
 import { rename, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
+import { checkpointName, parseCheckpointName } from '../config/branches.ts';
 import { NnError, errorCode } from '../config/errors.ts';
 import { elementCount, parameterShapes } from '../config/presets.ts';
 import type { ModelConfig, ParameterShape } from '../config/presets.ts';
@@ -181,15 +182,17 @@ export async function writeCheckpoint(
 }
 
 /** A checkpoint by name; whether it is good is another question. */
-export interface CheckpointName {
+export interface NamedCheckpoint {
   readonly directory: string;
   readonly step: number;
+  /** The branch of the run that it was written on (config/branches.ts). */
+  readonly branch: number;
 }
 
-export const checkpointDirectory = (runDirectory: string, step: number): string => join(runDirectory, 'checkpoints', `step-${step}`);
+export const checkpointDirectory = (runDirectory: string, step: number, branch = 0): string => join(runDirectory, 'checkpoints', checkpointName(step, branch));
 
 /** The run's checkpoints, newest first; temporary ones are not among them. A run without any has an empty list. */
-export function listCheckpoints(runDirectory: string): CheckpointName[] {
+export function listCheckpoints(runDirectory: string): NamedCheckpoint[] {
   let names: string[];
   try {
     names = readdirSync(join(runDirectory, 'checkpoints'));
@@ -198,22 +201,23 @@ export function listCheckpoints(runDirectory: string): CheckpointName[] {
     throw fileError(error, runDirectory);
   }
   return names
-    .map((name) => /^step-(0|[1-9]\d*)$/.exec(name))
-    .filter((match) => match !== null)
-    .map((match) => ({ directory: join(runDirectory, 'checkpoints', match[0]), step: Number(match[1]) }))
-    .sort((a, b) => b.step - a.step);
+    .flatMap((name) => {
+      const parts = parseCheckpointName(name);
+      return parts === null ? [] : [{ directory: join(runDirectory, 'checkpoints', name), ...parts }];
+    })
+    .sort((a, b) => b.step - a.step || b.branch - a.branch);
 }
 
 /** The newest undamaged checkpoint, and the newer ones that are damaged, each with what is wrong. */
 export interface NewestGood {
-  readonly checkpoint: CheckpointName | null;
-  readonly damaged: readonly (CheckpointName & { readonly error: NnError })[];
+  readonly checkpoint: NamedCheckpoint | null;
+  readonly damaged: readonly (NamedCheckpoint & { readonly error: NnError })[];
 }
 
-/** Looks for the newest checkpoint (of step `atMost` or less) whose every byte is as it was written. Changes nothing. */
-export async function newestGood(runDirectory: string, { atMost = Infinity }: { atMost?: number } = {}): Promise<NewestGood> {
-  const damaged: (CheckpointName & { error: NnError })[] = [];
-  for (const checkpoint of listCheckpoints(runDirectory).filter(({ step }) => step <= atMost)) {
+/** Looks for the newest checkpoint (that `wanted` wants) whose every byte is as it was written. Changes nothing. */
+export async function newestGood(runDirectory: string, wanted: (checkpoint: NamedCheckpoint) => boolean = () => true): Promise<NewestGood> {
+  const damaged: (NamedCheckpoint & { error: NnError })[] = [];
+  for (const checkpoint of listCheckpoints(runDirectory).filter(wanted)) {
     try {
       const { step } = await verifyCheckpoint(checkpoint.directory);
       if (step === checkpoint.step) return { checkpoint, damaged };

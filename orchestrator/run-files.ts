@@ -7,9 +7,8 @@ import { readdirSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { NnError, errorCode } from '../config/errors.ts';
 import type { RunSpec } from '../config/run-spec.ts';
-import { SINGLE, isListedName, stepOf } from '../config/store.ts';
+import { SINGLE, isCheckpoint, isListedName } from '../config/store.ts';
 import type { ListedFiles, Listing, Role, RunPaths } from '../config/store.ts';
-import { checkpointDirectory } from '../data/checkpoint-files.ts';
 import { onFile } from '../data/files.ts';
 import { sha256File } from '../data/listing.ts';
 import { MANIFEST, checkSizes, readManifest } from '../data/manifest.ts';
@@ -43,8 +42,7 @@ export class RunFiles {
 
   /** Throws FILE_NOT_FOUND when the run has no such role. */
   pathOf(run: string, spec: RunSpec, role: Role): string {
-    const step = stepOf(role);
-    const path = step === null ? this.paths(run, spec).paths[role] : checkpointDirectory(join(this.#runs, run), step);
+    const path = isCheckpoint(role) ? join(this.#runs, run, 'checkpoints', role) : this.paths(run, spec).paths[role];
     if (path === undefined) throw new NnError('FILE_NOT_FOUND', `run ${run} has no ${role} file`, { run, role });
     return path;
   }
@@ -52,7 +50,7 @@ export class RunFiles {
   /** All files of a role with their digests, which takes as long as hashing them the first time. Throws FILE_NOT_FOUND, CHECKPOINT_INVALID. */
   async listing(run: string, spec: RunSpec, role: Role): Promise<Listing> {
     const path = this.pathOf(run, spec, role);
-    const files = role === 'initial' || stepOf(role) !== null ? await this.#directory(path) : { [SINGLE]: await this.#file(path) };
+    const files = role === 'initial' || isCheckpoint(role) ? await this.#directory(path) : { [SINGLE]: await this.#file(path) };
     return { path, files };
   }
 
@@ -61,7 +59,7 @@ export class RunFiles {
     const { path, files } = await this.listing(run, spec, role);
     const found = Object.entries(files).find(([, file]) => file.sha256 === sha256);
     if (found === undefined) throw new NnError('FILE_NOT_FOUND', `${path}: nothing here has the sha-256 ${sha256} any more`, { path });
-    return { path: found[0] === SINGLE && role !== 'initial' && stepOf(role) === null ? path : join(path, found[0]), bytes: found[1].bytes };
+    return { path: found[0] === SINGLE && role !== 'initial' && !isCheckpoint(role) ? path : join(path, found[0]), bytes: found[1].bytes };
   }
 
   /** A manifest has the digests already; a directory without one is hashed. */

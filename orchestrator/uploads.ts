@@ -4,7 +4,7 @@
  * this process. When all is there it is verified, synced and renamed: complete or absent. Knows no HTTP. Called by
  * server/store.ts.
  *
- *   runs/<run>/checkpoints/.step-<n>.<id>.upload/<sha256>      id: of the manifest's contents
+ *   runs/<run>/checkpoints/.<checkpoint>.<id>.upload/<sha256>      id: of the manifest's contents
  *   begin -> open    append ..., finish -> verifying -> complete
  *     \-> verifying (the checkpoint is there already) -> complete, or open when it is damaged
  */
@@ -13,9 +13,11 @@ import { mkdirSync, readdirSync, rmSync, statSync } from 'node:fs';
 import { copyFile, mkdir, open, rename, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Readable } from 'node:stream';
+import { parseCheckpointName } from '../config/branches.ts';
+import type { CheckpointName } from '../config/branches.ts';
 import { NnError, errorCode } from '../config/errors.ts';
 import type { UploadState } from '../config/store.ts';
-import { CheckpointReader, checkpointDirectory, placeCheckpoint, verifyCheckpoint } from '../data/checkpoint-files.ts';
+import { CheckpointReader, placeCheckpoint, verifyCheckpoint } from '../data/checkpoint-files.ts';
 import { fileError, forgetTemporary, onFile, removeAbandoned, syncDirectory, temporaryName } from '../data/files.ts';
 import { sha256File } from '../data/listing.ts';
 import { MANIFEST, encodeJson, readManifest, writeSmall } from '../data/manifest.ts';
@@ -52,17 +54,18 @@ export class Uploads {
   }
 
   /** Begins or joins a delivery. Throws DISK_FULL, FILE_NOT_FOUND, STORE_UNAVAILABLE when there are too many. */
-  begin(run: string, step: number, manifest: Manifest): { upload: string; state: UploadState } {
+  begin(run: string, name: CheckpointName, manifest: Manifest): { upload: string; state: UploadState } {
     const text = encodeJson(manifest);
     const id = createHash('sha256').update(text).digest('hex').slice(0, 32);
-    const target = checkpointDirectory(join(this.#runs, run), step);
-    const key = keyOf(run, step, id);
+    const target = join(this.#runs, run, 'checkpoints', name);
+    const key = keyOf(run, name, id);
     const known = this.#uploads.get(key);
     if (known !== undefined) return this.#stateOf(key, known);
     this.#expire(dirname(target));
     if (this.#uploads.size >= MOST) throw new NnError('STORE_UNAVAILABLE', `${MOST} checkpoints are being delivered already; try again later`);
-    const directory = join(dirname(target), `.step-${step}.${id}.upload`);
+    const directory = join(dirname(target), `.${name}.${id}.upload`);
     const wanted = new Map(Object.entries(manifest.files).map(([, { sha256, bytes }]) => [sha256, bytes]));
+    const { step } = parseCheckpointName(name)!;
     const upload: Upload = { id, directory, target, step, manifest, wanted, writers: new Map(), state: 'open', failure: null };
     onFile(directory, () => mkdirSync(directory, { recursive: true }));
     this.#uploads.set(key, upload);
@@ -74,8 +77,8 @@ export class Uploads {
   }
 
   /** Bytes of a file that are here. Throws STORE_UNAVAILABLE for a delivery that was not begun here. */
-  offset(run: string, step: number, id: string, sha256: string): number {
-    const { directory } = this.#file(run, step, id, sha256);
+  offset(run: string, name: CheckpointName, id: string, sha256: string): number {
+    const { directory } = this.#file(run, name, id, sha256);
     return statSync(join(directory, sha256), { throwIfNoEntry: false })?.size ?? 0;
   }
 
@@ -83,8 +86,8 @@ export class Uploads {
    * Appends bytes from `offset` on, which must be where the file ends; returns where it ends then, which is less than was
    * sent when the connection broke. A newer sender of a file ends the one before. Throws STORE_UNAVAILABLE, DISK_FULL.
    */
-  async append(run: string, step: number, id: string, sha256: string, offset: number, source: Readable, onBytes: (count: number) => void): Promise<number> {
-    const upload = this.#file(run, step, id, sha256);
+  async append(run: string, name: CheckpointName, id: string, sha256: string, offset: number, source: Readable, onBytes: (count: number) => void): Promise<number> {
+    const upload = this.#file(run, name, id, sha256);
     const before = upload.writers.get(sha256);
     before?.source.destroy();
     await before?.ended;
@@ -123,9 +126,9 @@ export class Uploads {
   }
 
   /** Verifies and names the checkpoint once all is here; asked again while that lasts. Throws CHECKPOINT_INVALID for damage: send that again. */
-  finish(run: string, step: number, id: string): { upload: string; state: UploadState } {
-    const key = keyOf(run, step, id);
-    const upload = this.#known(run, step, id);
+  finish(run: string, name: CheckpointName, id: string): { upload: string; state: UploadState } {
+    const key = keyOf(run, name, id);
+    const upload = this.#known(run, name, id);
     if (upload.state === 'open' && upload.failure === null) this.#verify(upload, () => this.#complete(upload), true);
     return this.#stateOf(key, upload);
   }
@@ -184,16 +187,16 @@ export class Uploads {
   }
 
   /** Throws STORE_UNAVAILABLE: the sender begins the delivery again, which joins what is here. */
-  #known(run: string, step: number, id: string): Upload {
-    const upload = this.#uploads.get(keyOf(run, step, id));
-    if (upload === undefined) throw new NnError('STORE_UNAVAILABLE', `no delivery ${id} of step ${step} of run ${run} is under way here; begin it again`, { begin: true });
+  #known(run: string, name: CheckpointName, id: string): Upload {
+    const upload = this.#uploads.get(keyOf(run, name, id));
+    if (upload === undefined) throw new NnError('STORE_UNAVAILABLE', `no delivery ${id} of ${name} of run ${run} is under way here; begin it again`, { begin: true });
     return upload;
   }
 
-  #file(run: string, step: number, id: string, sha256: string): Upload {
-    const upload = this.#known(run, step, id);
+  #file(run: string, name: CheckpointName, id: string, sha256: string): Upload {
+    const upload = this.#known(run, name, id);
     if (!upload.wanted.has(sha256)) throw new NnError('CHECKPOINT_INVALID', `the manifest of this delivery names no file of sha-256 ${sha256}`, { path: upload.target });
-    if (upload.state !== 'open') throw new NnError('STORE_UNAVAILABLE', `step ${step} of run ${run} is being verified`);
+    if (upload.state !== 'open') throw new NnError('STORE_UNAVAILABLE', `${name} of run ${run} is being verified`);
     return upload;
   }
 
@@ -202,7 +205,7 @@ export class Uploads {
     const now = Date.now();
     let names: string[];
     try {
-      names = readdirSync(directory).filter((name) => /^\.step-\d+\.[0-9a-f]{32}\.upload$/.test(name));
+      names = readdirSync(directory).filter((name) => /^\.step-\d+(-branch-\d+)?\.[0-9a-f]{32}\.upload$/.test(name));
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code === 'ENOENT') return;
       throw fileError(error, directory);
@@ -217,7 +220,7 @@ export class Uploads {
   }
 }
 
-const keyOf = (run: string, step: number, id: string): string => `${run}/${step}/${id}`;
+const keyOf = (run: string, name: CheckpointName, id: string): string => `${run}/${name}/${id}`;
 
 /** Whether a checkpoint with that manifest is there; what its files hold is another question. */
 function isSame(directory: string, manifest: Manifest): boolean {

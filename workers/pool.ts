@@ -7,8 +7,9 @@
 import { MessageChannel } from 'node:worker_threads';
 import type { MessagePort } from 'node:worker_threads';
 import { Piscina } from 'piscina';
+import { branchOf, replicaAt } from '../config/branches.ts';
 import { toErrorRecord, NnError } from '../config/errors.ts';
-import type { StepReport } from '../config/messages.ts';
+import type { Origin, StepReport } from '../config/messages.ts';
 import { Signals } from './signals.ts';
 import type { Outcome, ReplicaState, StepMessage, TaskKind, TaskOf, ThreadData, WriteOutcome, WriteTask } from './tasks.ts';
 
@@ -41,7 +42,7 @@ export class ComputePool {
    * The caller sets `signals.command` before, and sees to it that there is one task at a time.
    */
   async run<Kind extends TaskKind>(task: TaskOf<Kind> & { readonly kind: Kind }, onReport?: (report: StepReport) => void): Promise<Outcome<Kind>> {
-    const reports = onReport === undefined ? null : this.#listen(onReport, replicaRun(task));
+    const reports = onReport === undefined ? null : this.#listen(onReport, originIn(task));
     const sent = reports === null ? task : { ...task, port: reports.port };
     const watch = this.#watch();
     try {
@@ -74,11 +75,11 @@ export class ComputePool {
     return this.#piscina.destroy();
   }
 
-  #listen(onReport: (report: StepReport) => void, run: string): { port: MessagePort; ended: Promise<void>; close: () => void } {
+  #listen(onReport: (report: StepReport) => void, { run, rollbacks }: Pick<Origin, 'run' | 'rollbacks'>): { port: MessagePort; ended: Promise<void>; close: () => void } {
     const { port1, port2 } = new MessageChannel();
     const ended = new Promise<void>((resolve) => port1.once('close', resolve));
     port1.on('message', ({ report }: StepMessage) => {
-      this.#replica = { run, step: report.step };
+      this.#replica = replicaAt(run, report.step, branchOf(rollbacks, report.step));
       onReport(report);
     });
     return { port: port2, ended, close: () => port1.close() };
@@ -185,4 +186,4 @@ function watchPulse(signals: Signals, limitMs: number): { still: Promise<undefin
   return { still, stop: () => clearInterval(timer) };
 }
 
-const replicaRun = (task: object): string => (task as { message?: { run?: string } }).message?.run ?? '';
+const originIn = (task: object): Pick<Origin, 'run' | 'rollbacks'> => (task as { message?: Origin }).message ?? { run: '' };

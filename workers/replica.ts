@@ -11,6 +11,7 @@
  */
 import { setImmediate as turn } from 'node:timers/promises';
 import type { Config } from '../config/schema.ts';
+import { branchOf, dataStep, replicaAt } from '../config/branches.ts';
 import { NnError, errorCode } from '../config/errors.ts';
 import { parseResult } from '../config/messages.ts';
 import type { Message, Origin, Result, ShardReport, StepReport } from '../config/messages.ts';
@@ -28,7 +29,7 @@ import type { MicrobatchNumbers } from './reports.ts';
 import type { Signals } from './signals.ts';
 import { allocateCopy, copyBytes, copyState } from './state-copy.ts';
 import type { CopyMemory } from './state-copy.ts';
-import type { CheckpointOutcome } from './tasks.ts';
+import type { CheckpointOutcome, ReplicaState } from './tasks.ts';
 
 /** Times that a reduction is begun anew because a shard turned out to be lost. */
 const REDUCE_ROUNDS = 3;
@@ -75,6 +76,10 @@ export class Replica {
   readonly #train: TokenFile;
   /** The version on the device; null while it is being changed, or when a change failed half-way. */
   #step: number | null = null;
+  /** The branch that it was computed on. */
+  #branch = 0;
+  /** What the job at hand knows of rollbacks. */
+  #rollbacks: Origin['rollbacks'] = undefined;
   /** Where the state is copied for checkpoints, once that was done. */
   #memory: CopyMemory | null = null;
   /** Reports of the steps that the newest `steps` job did here, by step, should the job be delivered twice. */
@@ -114,6 +119,11 @@ export class Replica {
     return this.#step;
   }
 
+  /** What the worker says of it. */
+  get state(): ReplicaState {
+    return this.#step === null ? null : replicaAt(this.run, this.#step, this.#branch);
+  }
+
   close(): void {
     this.#step = null;
     this.#trainer.close();
@@ -127,6 +137,7 @@ export class Replica {
   async steps(message: Message<'steps'>, onReport: (report: StepReport) => void): Promise<Result<'steps'>> {
     const watch = new Stopwatch();
     const last = message.fromStep + message.stepCount;
+    this.#enter(message);
     this.#require(last <= this.spec.steps, `has no step ${last}`);
     const reports = this.#doneAlready(message.fromStep, last);
     for (const report of reports) onReport(report);
@@ -154,7 +165,8 @@ export class Replica {
     const watch = new Stopwatch();
     const { run, step, shard, epoch } = message;
     this.#require(step <= this.spec.steps && shard < this.spec.batch.shards, `has no shard ${shard} of step ${step}`);
-    const key = this.#names.shardGradient(run, step, shard);
+    this.#enter(message);
+    const key = this.#names.shardGradient(run, step, shard, this.#branchOf(step));
     const length = this.#trainer.flatLength;
     const published = await this.#published('shard', key);
     if (published !== null && (await this.#exchange.complete(key, length))) return published;
@@ -185,9 +197,11 @@ export class Replica {
     const watch = new Stopwatch();
     const { run, step, shardCount, epoch } = message;
     this.#require(step <= this.spec.steps && shardCount === this.spec.batch.shards, `has no step ${step} of ${shardCount} shards`);
-    const key = this.#names.reducedGradient(run, step);
+    this.#enter(message);
+    const branch = this.#branchOf(step);
+    const key = this.#names.reducedGradient(run, step, branch);
     const length = this.#trainer.flatLength;
-    const shardKeys = Array.from({ length: shardCount }, (_, shard) => this.#names.shardGradient(run, step, shard));
+    const shardKeys = Array.from({ length: shardCount }, (_, shard) => this.#names.shardGradient(run, step, shard, branch));
     const published = await this.#published('reduce', key);
     if (published !== null && (await this.#exchange.complete(key, length))) {
       await this.#exchange.remove(shardKeys, length);
@@ -221,8 +235,9 @@ export class Replica {
     const startedAt = performance.now();
     const { step, epoch, directory } = message;
     await this.bringTo(step, message);
+    const branch = this.#branch;
     const tokenizer = this.spec.data.tokenizer === undefined ? null : this.#places.of(this.spec.data.tokenizer);
-    const about = { model: this.spec.model, step, precision: this.spec.precision, tokenizer, runInfo: { run: this.run, spec: this.spec } };
+    const about = { model: this.spec.model, step, precision: this.spec.precision, tokenizer, runInfo: { run: this.run, spec: this.spec, ...(branch === 0 ? {} : { branch }) } };
     const memory = copy ? this.#copyMemory() : null;
     if (memory !== null) {
       copyState(this.#trainer, memory, () => this.#signals.check());
@@ -277,11 +292,12 @@ export class Replica {
    * CHECKPOINT_INVALID.
    */
   async bringTo(version: number, origin: Origin): Promise<void> {
+    this.#enter(origin);
     if (this.#step === version) return;
     const own = this.#step !== null && this.#step < version ? this.#step : -1;
     const saved = origin.checkpoint !== null && origin.checkpoint.step <= version ? origin.checkpoint : null;
     const from = Math.max(own, saved?.step ?? 0);
-    const sumKeys = Array.from({ length: version - from }, (_, index) => this.#names.reducedGradient(this.run, from + 1 + index));
+    const sumKeys = Array.from({ length: version - from }, (_, index) => this.#names.reducedGradient(this.run, from + 1 + index, this.#branchOf(from + 1 + index)));
     const texts = sumKeys.length === 0 ? [] : await this.#exchange.texts(sumKeys);
     const missing = texts.indexOf(null);
     if (missing !== -1) {
@@ -301,13 +317,36 @@ export class Replica {
     if (saved !== null) this.#loadTraining(saved);
     else if (this.spec.initialCheckpoint !== undefined) this.#loadInitialWeights(this.spec.initialCheckpoint);
     else this.#trainer.initialise(this.spec.seed);
-    this.#step = saved?.step ?? 0;
+    this.#stand(saved?.step ?? 0);
+  }
+
+  /** Each job begins with what it knows of rollbacks: a version of another branch than the job's is of no use any more. */
+  #enter({ rollbacks }: Origin): void {
+    this.#rollbacks = rollbacks;
+    if (this.#step === null || this.#branch === this.#branchOf(this.#step)) return;
+    this.#step = null;
+    this.#reports.clear();
+  }
+
+  #branchOf(step: number): number {
+    return branchOf(this.#rollbacks, step);
+  }
+
+  /** The device holds version `step` of the job's branch. */
+  #stand(step: number): void {
+    this.#step = step;
+    this.#branch = this.#branchOf(step);
   }
 
   #loadTraining({ directory, step }: NonNullable<Origin['checkpoint']>): void {
     const reader = CheckpointReader.open(this.#places.of(directory), { verify: true });
     try {
       if (!reader.hasTraining) throw new NnError('CHECKPOINT_INVALID', `${directory}: has no optimizer state, so that a run cannot go on from it`, { directory });
+      const branch = reader.state?.run['branch'] ?? 0;
+      if (branch !== this.#branchOf(step)) {
+        const message = `${directory}: is of branch ${JSON.stringify(branch)}, which was given up; version ${step} is of branch ${this.#branchOf(step)}`;
+        throw new NnError('CHECKPOINT_INVALID', message, { directory, step });
+      }
       if (reader.step !== step) throw new NnError('CHECKPOINT_INVALID', `${directory}: is of step ${reader.step}, not ${step}`, { directory, step });
       reader.requireModel(this.spec.model);
       for (const parameter of this.#trainer.parameters) {
@@ -357,7 +396,7 @@ export class Replica {
   #apply(step: number): ReturnType<Trainer['applyStep']> {
     this.#step = null;
     const outcome = this.#trainer.applyStep(step);
-    this.#step = step;
+    this.#stand(step);
     return outcome;
   }
 
@@ -379,7 +418,7 @@ export class Replica {
   /** Scales of a microbatch's losses, so that the sum over the step is the mean over its target tokens and microbatches. */
   #lossScale(step: number): { loss: number; aux: number } {
     const { batch, optimizer } = this.spec;
-    const targetTokens = stepTargetTokens(this.#train, this.spec, step);
+    const targetTokens = stepTargetTokens(this.#train, this.spec, dataStep(this.#rollbacks, step));
     return { loss: targetTokens === 0 ? 0 : 1 / targetTokens, aux: optimizer.auxLossWeight / (batch.shards * batch.microBatches) };
   }
 
@@ -390,7 +429,7 @@ export class Replica {
     for (let microBatch = 0; microBatch < this.spec.batch.microBatches; microBatch++) {
       this.#signals.check();
       if (this.#signals.command === 'stop') return null;
-      const batch = trainingBatch(this.#train, this.spec, step, shard, microBatch);
+      const batch = trainingBatch(this.#train, this.spec, dataStep(this.#rollbacks, step), shard, microBatch);
       numbers.push(this.#trainer.accumulate(batch, scale));
     }
     this.#trainer.endShard();
@@ -444,7 +483,7 @@ export class Replica {
     const before = typeof text === 'string' ? (JSON.parse(text) as { first: number; last: number }) : { first: step, last: step };
     const first = Math.max(1, step - logLength(this.#config.exchange.logBytes, length * 4) + 1);
     const old: string[] = [];
-    for (let each = before.first; each < first; each++) old.push(this.#names.reducedGradient(this.run, each));
+    for (let each = before.first; each < first; each++) old.push(this.#names.reducedGradient(this.run, each, this.#branchOf(each)));
     if (old.length > 0) await this.#exchange.remove(old, length);
     const log = { first: Math.max(first, Math.min(before.first, step)), last: step };
     await this.#exchange.seal(key, JSON.stringify(log));

@@ -12,10 +12,11 @@ import { dirname, join } from 'node:path';
 import type { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { setTimeout as pause } from 'node:timers/promises';
+import type { CheckpointName } from '../config/branches.ts';
 import { NnError, errorCode, fromErrorRecord } from '../config/errors.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import type { Config } from '../config/schema.ts';
-import { OFFSET_HEADER, checkpointRole, greeting, hashing, listing, runPaths, uploadState } from '../config/store.ts';
+import { OFFSET_HEADER, greeting, hashing, listing, runPaths, uploadState } from '../config/store.ts';
 import type { Listing, Role, RunPaths } from '../config/store.ts';
 import { fileError } from '../data/files.ts';
 import { sha256File } from '../data/listing.ts';
@@ -145,18 +146,18 @@ export class StoreClient {
   }
 
   /** Delivers a checkpoint directory with this manifest; it is complete there when this returns. Throws STORE_*, DISK_FULL, CANCELLED. */
-  async deliver(run: string, step: number, epoch: number, directory: string, manifest: Manifest, signal?: AbortSignal): Promise<{ sentBytes: number }> {
-    const path = `${runPath(run)}/${checkpointRole(step)}/upload`;
-    const distinct = new Map(Object.entries(manifest.files).map(([name, { sha256, bytes }]) => [sha256, { name, bytes }]));
+  async deliver(run: string, name: CheckpointName, epoch: number, directory: string, manifest: Manifest, signal?: AbortSignal): Promise<{ sentBytes: number }> {
+    const path = `${runPath(run)}/${name}/upload`;
+    const distinct = new Map(Object.entries(manifest.files).map(([file, { sha256, bytes }]) => [sha256, { file, bytes }]));
     let sentBytes = 0;
     let damaged = 0;
-    await this.#persist(`checkpoint ${step} of run ${run}`, signal, async (attempt) => {
+    await this.#persist(`checkpoint ${name} of run ${run}`, signal, async (attempt) => {
       let { upload, state } = uploadState.parse(await this.#json({ method: 'PUT', path, json: { epoch, manifest }, signal }));
       attempt.moved();
       if (state === 'open') {
-        const files = [...distinct].map(([sha256, { name, bytes }]) =>
-          this.#slots.with(signal, () => this.#persist(`${name} of checkpoint ${step} of run ${run}`, signal, async (sending) => {
-            sentBytes += await this.#send(`${path}/${upload}/${sha256}`, join(directory, name), bytes, sending);
+        const files = [...distinct].map(([sha256, { file, bytes }]) =>
+          this.#slots.with(signal, () => this.#persist(`${file} of checkpoint ${name} of run ${run}`, signal, async (sending) => {
+            sentBytes += await this.#send(`${path}/${upload}/${sha256}`, join(directory, file), bytes, sending);
             attempt.moved();
           }, true)));
         for (const each of await Promise.allSettled(files)) if (each.status === 'rejected') throw each.reason;

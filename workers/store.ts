@@ -6,13 +6,14 @@
 import { rmSync, statSync } from 'node:fs';
 import { hostname } from 'node:os';
 import { join, resolve } from 'node:path';
+import { branchOf, checkpointName } from '../config/branches.ts';
 import { NnError } from '../config/errors.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import type { Message, Origin } from '../config/messages.ts';
 import { parseRunSpec } from '../config/run-spec.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import type { Config } from '../config/schema.ts';
-import { SINGLE, checkpointRole, isListedName, roleOf } from '../config/store.ts';
+import { SINGLE, isListedName, roleOf } from '../config/store.ts';
 import type { Listing, Role } from '../config/store.ts';
 import { addressOf, bytesIn, sha256File } from '../data/listing.ts';
 import { MANIFEST, readManifest } from '../data/manifest.ts';
@@ -115,16 +116,17 @@ export class Store {
 
   /** Delivers the checkpoint that the task wrote here; it is complete on the orchestrator's disk when this returns. Throws STORE_*, DISK_FULL, CANCELLED. */
   async deliver(message: Message<'checkpoint'>, signal: AbortSignal): Promise<void> {
-    const { run, step, epoch } = message;
+    const { run, step, epoch, rollbacks } = message;
+    const name = checkpointName(step, branchOf(rollbacks, step));
     const directory = this.written(message);
     const manifest = readManifest(directory);
     if (manifest === null) throw new NnError('CHECKPOINT_INVALID', `${directory}: manifest.json is missing: the checkpoint is incomplete`, { path: directory });
-    const { sentBytes } = await this.#client.deliver(run, step, epoch, directory, manifest, signal).catch((error: unknown) => {
+    const { sentBytes } = await this.#client.deliver(run, name, epoch, directory, manifest, signal).catch((error: unknown) => {
       // Whoever gets the job next writes it again, in less time than it takes to send.
       rmSync(directory, { recursive: true, force: true });
       throw error;
     });
-    this.#log('info', `store: checkpoint ${step} of run ${run} delivered, ${sentBytes} of ${bytesIn(manifest.files)} bytes sent`);
+    this.#log('info', `store: checkpoint ${name} of run ${run} delivered, ${sentBytes} of ${bytesIn(manifest.files)} bytes sent`);
     // What was written here need not be fetched should it be needed.
     const path = join(directory, MANIFEST);
     const own = { bytes: statSync(path).size, sha256: await sha256File(path) };
@@ -141,8 +143,8 @@ export class Store {
   }
 
   /** Where a checkpoint is written here before it is delivered. */
-  written({ run, step }: Pick<Message<'checkpoint'>, 'run' | 'step'>): string {
-    return join(this.#cache.work(), run, `step-${step}`);
+  written({ run, step, rollbacks }: Pick<Message<'checkpoint'>, 'run' | 'step' | 'rollbacks'>): string {
+    return join(this.#cache.work(), run, checkpointName(step, branchOf(rollbacks, step)));
   }
 
   async #needs(task: TaskOf<JobTask>, replica: ReplicaState, signal: AbortSignal, all: boolean): Promise<Need[]> {
@@ -159,16 +161,16 @@ export class Store {
     if (task.kind === 'eval') needs.push(evalNeed(run, spec, task.message.data));
     if (task.kind === 'checkpoint' && spec.data.tokenizer !== undefined) needs.push({ run, role: 'tokenizer', path: spec.data.tokenizer });
     const version = versionOf(task);
-    const near = !all && replica !== null && replica.run === run && replica.step <= version;
+    const near = !all && replica !== null && replica.run === run && replica.step <= version && (replica.branch ?? 0) === branchOf(origin.rollbacks, replica.step);
     const saved = origin.checkpoint !== null && origin.checkpoint.step <= version ? origin.checkpoint : null;
-    if (saved !== null && !(near && replica.step >= saved.step)) needs.push({ run, role: checkpointRole(saved.step), path: saved.directory });
+    if (saved !== null && !(near && replica.step >= saved.step)) needs.push({ run, role: checkpointName(saved.step, branchOf(origin.rollbacks, saved.step)), path: saved.directory });
     if (saved === null && !near && spec.initialCheckpoint !== undefined) needs.push({ run, role: 'initial', path: spec.initialCheckpoint });
     return needs.filter((need, index) => needs.findIndex(({ path }) => path === need.path) === index);
   }
 
   /** A checkpoint that a request names by its path on the orchestrator's host: only one of a run can be had. */
   async #checkpointNeed(path: string, signal: AbortSignal): Promise<Need> {
-    const match = /\/([a-z0-9][a-z0-9._-]{0,63})\/checkpoints\/(step-\d+)\/?$/.exec(path);
+    const match = /\/([a-z0-9][a-z0-9._-]{0,63})\/checkpoints\/(step-\d+(?:-branch-\d+)?)\/?$/.exec(path);
     const role = roleOf(match?.[2] ?? '');
     if (match === null || role === null) throw outOfReach(path);
     const { checkpoints } = await this.#client.paths(match[1]!, signal);

@@ -4,7 +4,7 @@
  */
 import type { MessagePort } from 'node:worker_threads';
 import type { ErrorRecord } from '../config/errors.ts';
-import type { Message, Result, StepReport } from '../config/messages.ts';
+import type { Message, Result, StepReport, WorkerRecord } from '../config/messages.ts';
 import type { Config } from '../config/schema.ts';
 import type { DeviceDescription } from '../cuda/device.ts';
 import type { StateCopy } from './state-copy.ts';
@@ -68,7 +68,7 @@ export type TaskKind = Task['kind'];
 export type TaskOf<Kind extends TaskKind> = Extract<Task, { kind: Kind }>;
 
 /** Which replica the thread holds after a task. */
-export type ReplicaState = { readonly run: string; readonly step: number } | null;
+export type ReplicaState = WorkerRecord['replica'];
 
 export type Outcome<Kind extends TaskKind = TaskKind> =
   | { readonly ok: true; readonly value: TaskValues[Kind]; readonly replica: ReplicaState }

@@ -100,6 +100,5 @@ function release(): void {
 }
 
 function replicaState(): ReplicaState {
-  const step = held?.replica.step ?? null;
-  return held === null || step === null ? null : { run: held.replica.run, step };
+  return held?.replica.state ?? null;
 }

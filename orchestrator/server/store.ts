@@ -9,11 +9,12 @@ import type { FileHandle } from 'node:fs/promises';
 import type { Readable } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
+import type { CheckpointName } from '../../config/branches.ts';
 import { NnError } from '../../config/errors.ts';
 import { TERMINAL_PHASES } from '../../config/messages.ts';
 import type { RunSpec } from '../../config/run-spec.ts';
 import type { Config } from '../../config/schema.ts';
-import { OFFSET_HEADER, STORE_PROTOCOL, beginUpload, roleOf, stepOf } from '../../config/store.ts';
+import { OFFSET_HEADER, STORE_PROTOCOL, beginUpload, isCheckpoint, roleOf } from '../../config/store.ts';
 import type { Role } from '../../config/store.ts';
 import { fileError } from '../../data/files.ts';
 import type { Client } from '../client.ts';
@@ -91,19 +92,19 @@ export function store(app: FastifyInstance, client: Client, config: Config, runs
     const { epoch, manifest } = request.data;
     await specOf(run);
     await requireCurrent(client, run, epoch);
-    return uploads.begin(run, wantedStep(role), manifest);
+    return uploads.begin(run, wantedCheckpoint(role), manifest);
   });
   app.head<ByUpload>(`${PREFIX}/runs/:run/:role/upload/:id/:sha256`, ({ params: { run, role, id, sha256 } }, reply) =>
-    reply.header(OFFSET_HEADER, uploads.offset(run, wantedStep(role), id, wantedDigest(sha256))).send());
+    reply.header(OFFSET_HEADER, uploads.offset(run, wantedCheckpoint(role), id, wantedDigest(sha256))).send());
   const received = async ({ params: { run, role, id, sha256 }, headers, body, raw }: FastifyRequest<ByUpload>, reply: FastifyReply): Promise<FastifyReply> => {
     const offset = Number(headers[OFFSET_HEADER]);
     if (!Number.isSafeInteger(offset) || offset < 0) throw new NnError('MESSAGE_INVALID', `${OFFSET_HEADER}: a number of bytes is wanted`);
     raw.socket.setTimeout(config.store.timeoutMs, () => raw.destroy());
-    const end = await moved(() => uploads.append(run, wantedStep(role), id, wantedDigest(sha256), offset, body as Readable, (count) => (counters.receivedBytes += count)));
+    const end = await moved(() => uploads.append(run, wantedCheckpoint(role), id, wantedDigest(sha256), offset, body as Readable, (count) => (counters.receivedBytes += count)));
     return reply.header(OFFSET_HEADER, end).status(204).send();
   };
   app.patch<ByUpload>(`${PREFIX}/runs/:run/:role/upload/:id/:sha256`, { bodyLimit: config.store.pieceBytes }, received);
-  app.post<ByUpload>(`${PREFIX}/runs/:run/:role/upload/:id`, ({ params: { run, role, id } }) => uploads.finish(run, wantedStep(role), id));
+  app.post<ByUpload>(`${PREFIX}/runs/:run/:role/upload/:id`, ({ params: { run, role, id } }) => uploads.finish(run, wantedCheckpoint(role), id));
   return counters;
 }
 
@@ -170,10 +171,10 @@ function wantedRole(name: string): Role {
   return role;
 }
 
-function wantedStep(name: string): number {
-  const step = stepOf(wantedRole(name));
-  if (step === null) throw new NnError('MESSAGE_INVALID', `only checkpoints are delivered, not ${name}`);
-  return step;
+function wantedCheckpoint(name: string): CheckpointName {
+  const role = wantedRole(name);
+  if (!isCheckpoint(role)) throw new NnError('MESSAGE_INVALID', `only checkpoints are delivered, not ${name}`);
+  return role;
 }
 
 function wantedDigest(text: string): string {

@@ -183,12 +183,12 @@ describe('the store', function () {
     const size = [...new Map(Object.values(manifest.files).map(({ sha256: digest, bytes }) => [digest, bytes])).values()].reduce((sum, bytes) => sum + bytes, 0);
     proxy.drop();
     proxy.requests.push(Infinity, 700_000, 600_000, 800_000);
-    const { sentBytes } = await store.deliver('one', 4, 3, path, manifest);
+    const { sentBytes } = await store.deliver('one', 'step-4', 3, path, manifest);
     expect((await verifyCheckpoint(target)).step).to.equal(4);
     expect(readFileSync(join(target, 'manifest.json')).equals(readFileSync(join(path, 'manifest.json')))).to.equal(true);
     expect(readdirSync(join(config.runs, 'one', 'checkpoints'))).to.deep.equal(['step-4']);
     expect(sentBytes).to.be.at.most(size);
-    expect((await store.deliver('one', 4, 3, path, manifest)).sentBytes, 'what is there already').to.equal(0);
+    expect((await store.deliver('one', 'step-4', 3, path, manifest)).sentBytes, 'what is there already').to.equal(0);
     expect((await verifyCheckpoint(target)).step).to.equal(4);
   });
 
@@ -202,21 +202,21 @@ describe('the store', function () {
     const begun = join(checkpoints, `.step-8.${upload}.upload`, manifest.files['model.safetensors']!.sha256);
     writeFileSync(begun, weights.subarray(0, 500_000));
     appendFileSync(begun, 'damage');
-    await store.deliver('one', 8, 3, path, manifest);
+    await store.deliver('one', 'step-8', 3, path, manifest);
     expect((await verifyCheckpoint(join(checkpoints, 'step-8'))).step).to.equal(8);
     expect(said.join('\n')).to.include('goes on from byte 500006');
     writeFileSync(join(checkpoints, 'step-8', 'model.safetensors'), Buffer.concat([weights.subarray(0, -1), Buffer.from([weights.at(-1)! ^ 1])]));
-    await store.deliver('one', 8, 3, path, manifest);
+    await store.deliver('one', 'step-8', 3, path, manifest);
     expect((await verifyCheckpoint(join(checkpoints, 'step-8'))).step).to.equal(8);
   });
 
   it('takes no checkpoint of a job that was given up, nor of a run that is over, nor of another step', async () => {
     const { path, manifest } = await made('made-3', 3, 0.1);
-    expect(await codeOf(store.deliver('one', 3, 2, path, manifest))).to.equal('CANCELLED');
+    expect(await codeOf(store.deliver('one', 'step-3', 2, path, manifest))).to.equal('CANCELLED');
     record = { epoch: 3, phase: 'cancelled' };
-    expect(await codeOf(store.deliver('one', 3, 3, path, manifest))).to.equal('CANCELLED');
+    expect(await codeOf(store.deliver('one', 'step-3', 3, path, manifest))).to.equal('CANCELLED');
     record = { epoch: 3, phase: 'running' };
-    expect(await codeOf(store.deliver('one', 2, 3, path, manifest))).to.equal('CHECKPOINT_INVALID');
+    expect(await codeOf(store.deliver('one', 'step-2', 3, path, manifest))).to.equal('CHECKPOINT_INVALID');
     expect(existsSync(join(config.runs, 'one', 'checkpoints', 'step-2'))).to.equal(false);
   });
 });

@@ -166,6 +166,42 @@ describe('replica', () => {
     expect(await digestAt(spec, other, 6), 'another worker').to.equal(digest);
   });
 
+  it('takes nothing of an abandoned branch for its own: versions, reports, sums, checkpoints', async () => {
+    const spec = newSpec();
+    const place = (name: string): string => join(world.directory, 'branches', name);
+    const start = { directory: place('step-2'), step: 2 };
+    const rolledBack = { ...originOf(spec, 1, start), rollbacks: [{ fromStep: 5, toStep: 2 }] };
+    const alone = bench(spec);
+    await localSteps(spec, alone, 0, 2);
+    await alone.replica.checkpoint({ ...originOf(spec), step: 2, directory: start.directory });
+    const before = await localSteps(spec, alone, 2, 3);
+    await alone.replica.checkpoint({ ...originOf(spec), step: 5, directory: place('step-5') });
+    const { reports } = await alone.replica.steps({ ...rolledBack, fromStep: 2, stepCount: 3 }, () => undefined);
+    expect(reports.map(({ step }) => step)).to.deep.equal([3, 4, 5]);
+    expect(reports.map(({ loss }) => loss)).to.not.include.members(before.map(({ loss }) => loss));
+    // The schedule of the learning rate goes by the step, the data does not.
+    expect(reports.map(({ learningRate }) => learningRate)).to.deep.equal(before.map(({ learningRate }) => learningRate));
+    expect(alone.replica.state).to.deep.equal({ run: spec.name, step: 5, branch: 1 });
+    const { digest } = await alone.replica.digest({ ...rolledBack, step: 5 });
+
+    const workers = [bench(spec), bench(spec)];
+    for (let step = 1; step <= 5; step++) await flowStep(spec, step, workers);
+    for (let step = 3; step <= 5; step++) {
+      for (let shard = 0; shard < 4; shard++) await workers[shard % 2]!.replica.shard({ ...rolledBack, step, shard });
+      const { report } = await workers[1]!.replica.reduce({ ...rolledBack, step, shardCount: 4 });
+      expect(withoutTime(report)).to.deep.equal(withoutTime(reports[step - 3]!));
+    }
+    for (const worker of [...workers, bench(spec)]) expect((await worker.replica.digest({ ...rolledBack, step: 5 })).digest).to.equal(digest);
+
+    const own = { directory: place('step-5-branch-1'), step: 5 };
+    await alone.replica.checkpoint({ ...rolledBack, step: 5, directory: own.directory });
+    const late = bench(spec);
+    expect(await codeOf(late.replica.bringTo(5, { ...rolledBack, checkpoint: { directory: place('step-5'), step: 5 } }))).to.equal('CHECKPOINT_INVALID');
+    expect(await codeOf(late.replica.bringTo(5, originOf(spec, 0, own)))).to.equal('CHECKPOINT_INVALID');
+    await world.exchange.flushall();
+    expect((await late.replica.digest({ ...rolledBack, checkpoint: own, step: 5 })).digest).to.equal(digest);
+  });
+
   it('refuses a damaged checkpoint, and one of another step or model, and can go on from a good one', async () => {
     const spec = newSpec();
     const one = bench(spec);

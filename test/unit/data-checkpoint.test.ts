@@ -268,10 +268,10 @@ describe('data: checkpoints', () => {
     renameSync(checkpointDirectory(directory.path, 101), checkpointDirectory(directory.path, 102));
     rmSync(join(checkpointDirectory(directory.path, 100), 'training/m.safetensors'));
     const found = await newestGood(directory.path);
-    expect(found.checkpoint).to.deep.equal({ directory: checkpointDirectory(directory.path, 10), step: 10 });
+    expect(found.checkpoint).to.deep.equal({ directory: checkpointDirectory(directory.path, 10), step: 10, branch: 0 });
     expect(found.damaged.map(({ step, error }) => [step, error.code])).to.deep.equal([[102, 'CHECKPOINT_INVALID'], [100, 'CHECKPOINT_INVALID']]);
     expect(found.damaged[0]!.error.message).to.include('holds step 101');
-    expect((await newestGood(directory.path, { atMost: 9 })).checkpoint!.step).to.equal(9);
+    expect((await newestGood(directory.path, ({ step }) => step <= 9)).checkpoint!.step).to.equal(9);
   });
 
   it('leaves nothing behind when the source fails, or the tokenizer is not there', async () => {

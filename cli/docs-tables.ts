@@ -6,10 +6,14 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { ERROR_KINDS } from '../config/errors.ts';
+import { aclRules } from '../config/redis-commands.ts';
 import { knobs, packageRoot } from '../config/schema.ts';
 
 const row = (cells: readonly string[]): string => `| ${cells.map((cell) => cell.replace(/\|/g, '\\|')).join(' | ')} |`;
 const markdown = (head: readonly string[], rows: readonly (readonly string[])[]): string => [head, head.map(() => '---'), ...rows].map(row).join('\n');
+
+/** Long lines end in a backslash, as a shell has it. */
+const wrapped = (text: string): string => text.replace(/(.{90,110}?) /g, '$1 \\\n  ');
 
 const TABLES: Record<string, () => string> = {
   errors: () =>
@@ -17,6 +21,7 @@ const TABLES: Record<string, () => string> = {
       ['code', 'exit', 'recovery', 'meaning'],
       Object.entries(ERROR_KINDS).map(([code, { exitCode, recovery, meaning }]) => [`\`${code}\``, String(exitCode), recovery, meaning]),
     ),
+  acl: () => `\`\`\`\nACL SETUSER nn on >PASSWORD ${wrapped(aclRules('nn'))}\n\`\`\``,
   knobs: () =>
     markdown(
       ['variable', 'knob', 'default', 'meaning'],

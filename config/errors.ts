@@ -36,6 +36,7 @@ export const ERROR_KINDS = {
   // The environment: 4
   REDIS_UNAVAILABLE: kind('retry', 4, 'Redis cannot be reached, and no redis-server is on the PATH to be started.'),
   REDIS_AUTH: kind('never', 4, 'Redis refuses the user or password.'),
+  REDIS_TLS: kind('never', 4, 'There is no trusted TLS connection to Redis: its certificate, the CA or the host name do not fit.'),
   REDIS_POLICY: kind('never', 4, 'Redis may evict keys: its maxmemory-policy is not noeviction.'),
   ALREADY_UP: kind('never', 3, 'Another `cuda-nn up` runs in this home directory.'),
   REDIS_LOST: kind('retry', 4, 'Redis lost what it had confirmed; what is missing is planned again.'),

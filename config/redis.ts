@@ -3,10 +3,12 @@
  * embedded server in <home>/redis.json), sets the options that each purpose needs, and turns refusals into our errors.
  */
 import { readFileSync } from 'node:fs';
+import { isIP } from 'node:net';
 import { join } from 'node:path';
 import { Redis } from 'ioredis';
 import type { RedisOptions } from 'ioredis';
 import { NnError } from './errors.ts';
+import { probes } from './redis-commands.ts';
 import type { Config } from './schema.ts';
 
 export type { Redis };
@@ -52,6 +54,8 @@ function connectionOptions(url: string, config: Config, purpose: Purpose): Redis
     connectTimeout: config.redis.connectTimeoutMs,
     maxRetriesPerRequest: purpose === 'blocking' ? null : 20,
     enableReadyCheck: true,
+    // Neither needed nor allowed to a user of the least set of commands.
+    disableClientInfo: true,
     retryStrategy: (attempt) => Math.min(config.redis.retryMaximumMs, 50 * 2 ** Math.min(attempt, 10)),
   };
   if (parsed.protocol === 'unix:') {
@@ -68,17 +72,51 @@ function connectionOptions(url: string, config: Config, purpose: Purpose): Redis
     ...(parsed.username === '' ? {} : { username: decodeURIComponent(parsed.username) }),
     ...(parsed.password === '' ? {} : { password: decodeURIComponent(parsed.password) }),
     ...(/^\/\d+$/.test(parsed.pathname) ? { db: Number(parsed.pathname.slice(1)) } : {}),
-    ...(parsed.protocol === 'rediss:' ? { tls: { servername: parsed.hostname } } : {}),
+    ...(parsed.protocol === 'rediss:' ? { tls: tlsOptions(parsed.hostname.replace(/^\[|\]$/g, ''), config) } : {}),
   };
 }
 
+/** Certificates are checked against the configured CA, or those that Node trusts, and against the name or address in the URL. */
+function tlsOptions(host: string, { redis }: Config): NonNullable<RedisOptions['tls']> {
+  const { caFile, certificateFile, keyFile } = redis;
+  if ((certificateFile === '') !== (keyFile === '')) throw new NnError('USAGE', 'CUDA_NN_REDIS_CERTIFICATE and CUDA_NN_REDIS_KEY go together; set both or none');
+  return {
+    // The protocol knows no addresses here: the certificate is compared with them all the same.
+    ...(isIP(host) === 0 ? { servername: host } : {}),
+    ...(caFile === '' ? {} : { ca: contentsOf(caFile, 'CUDA_NN_REDIS_CA') }),
+    ...(certificateFile === '' ? {} : { cert: contentsOf(certificateFile, 'CUDA_NN_REDIS_CERTIFICATE'), key: contentsOf(keyFile, 'CUDA_NN_REDIS_KEY') }),
+  };
+}
+
+function contentsOf(path: string, env: string): Buffer {
+  try {
+    return readFileSync(path);
+  } catch (error) {
+    throw new NnError('USAGE', `${env}: ${path} cannot be read (${(error as NodeJS.ErrnoException).code})`, { path }, error);
+  }
+}
+
+/** Codes of Node and OpenSSL for a certificate that is not believed, or a handshake that one side refuses. */
+const UNTRUSTED = /^(CERT_|DEPTH_ZERO_|SELF_SIGNED_|UNABLE_TO_|ERR_TLS_|ERR_SSL_|ERR_OSSL_|HOSTNAME_MISMATCH|EPROTO)/;
+
 function refusal(error: Error, url: string): NnError {
   const at = redactUrl(url);
-  if (/WRONGPASS|NOAUTH|invalid username-password|NOPERM/.test(error.message)) {
+  const denied = /NOPERM.*?(?:run the '([^']+)'|access)/.exec(error.message);
+  if (denied !== null) {
+    const what = denied[1] === undefined ? 'a key that it needs' : `the command ${denied[1]}`;
+    return new NnError('REDIS_AUTH', `Redis at ${at} denies its user ${what}; docs/operations.md has the ACL that is needed`, {}, error);
+  }
+  if (/WRONGPASS|NOAUTH|invalid username-password/.test(error.message)) {
     return new NnError('REDIS_AUTH', `Redis at ${at} refuses the user or password; check CUDA_NN_REDIS_URL`, {}, error);
   }
-  return new NnError('REDIS_UNAVAILABLE', `Redis at ${at} cannot be reached (${error.message}); is it running?`, {}, error);
+  const code = (error as NodeJS.ErrnoException).code ?? '';
+  if (UNTRUSTED.test(code)) {
+    return new NnError('REDIS_TLS', `no TLS with Redis at ${at} (${code}: ${oneLine(error.message)}); check CUDA_NN_REDIS_CA, the host name in the URL, and the server's certificate`, { code }, error);
+  }
+  return new NnError('REDIS_UNAVAILABLE', `Redis at ${at} cannot be reached (${oneLine(error.message)}); is it running${url.startsWith('rediss:') ? ', and does it speak TLS' : ''}?`, {}, error);
 }
+
+const oneLine = (text: string): string => text.trim().split('\n')[0]!;
 
 /** A connection that is not yet open (it opens at its first command) and never fails by an unhandled 'error' event. */
 export function openRedis(url: string, config: Config, purpose: Purpose, onError: (error: Error) => void = () => undefined): Redis {
@@ -89,7 +127,7 @@ export function openRedis(url: string, config: Config, purpose: Purpose, onError
 
 /**
  * Connects once, within connectTimeoutMs, and checks that this Redis will do: reachable, password right, noeviction, and
- * new enough. Throws REDIS_UNAVAILABLE, REDIS_AUTH or REDIS_POLICY. Called by every process before it does anything else.
+ * its user allowed what is needed. Throws REDIS_UNAVAILABLE, REDIS_AUTH, REDIS_TLS or REDIS_POLICY. Called by every process before it does anything else.
  */
 export async function checkRedis(url: string, config: Config): Promise<void> {
   const redis = new Redis({ ...connectionOptions(url, config, 'command'), retryStrategy: () => null, maxRetriesPerRequest: 0 });
@@ -103,6 +141,7 @@ export async function checkRedis(url: string, config: Config): Promise<void> {
     if (policy !== 'noeviction') {
       throw new NnError('REDIS_POLICY', `Redis at ${redactUrl(url)} has maxmemory-policy ${policy}, which may drop jobs; set it to noeviction`, { policy });
     }
+    await checkPermissions(redis, url, config.redis.prefix);
   } catch (error) {
     if (error instanceof NnError) throw error;
     throw refusal(last ?? (error as Error), url);
@@ -110,4 +149,16 @@ export async function checkRedis(url: string, config: Config): Promise<void> {
     // ioredis waits 2 s for the close of a stream that is closed already.
     if (redis.status !== 'close' && redis.status !== 'end') redis.disconnect();
   }
+}
+
+/** Queues every command that is needed in a transaction, which tells what the user may not do, and discards it. Throws REDIS_AUTH. */
+async function checkPermissions(redis: Redis, url: string, prefix: string): Promise<void> {
+  await redis.call('multi');
+  const replies = await Promise.allSettled([...probes(prefix).map(([command, ...args]) => redis.call(command, ...args)), redis.call('discard')]);
+  const denied = replies.flatMap((reply) => (reply.status === 'rejected' && (reply.reason as Error).message.startsWith('NOPERM') ? [(reply.reason as Error).message] : []));
+  if (denied.length === 0) return;
+  const commands = denied.flatMap((message) => /run the '([^']+)'/.exec(message)?.[1] ?? []);
+  const other = commands.length < denied.length ? [`keys and channels under ${prefix}:`] : [];
+  const lacking = [...commands, ...other].join(', ');
+  throw new NnError('REDIS_AUTH', `the ACL of the user of Redis at ${redactUrl(url)} lacks ${lacking}; docs/operations.md has the line that is needed`, { lacking });
 }

@@ -26,6 +26,9 @@ const schema = {
   redis: {
     url: { ...text('Redis of the queues: redis://, rediss:// or unix socket; empty: the embedded one', 'CUDA_NN_REDIS_URL', ''), sensitive: true },
     exchangeUrl: { ...text('Redis of the tensors (no persistence needed); empty: the same, or the second embedded one', 'CUDA_NN_EXCHANGE_URL', ''), sensitive: true },
+    caFile: text('PEM file of the authority whose certificates a rediss:// server may have; empty: those that Node trusts', 'CUDA_NN_REDIS_CA', ''),
+    certificateFile: text('PEM file of the certificate to show to a rediss:// server that asks for one', 'CUDA_NN_REDIS_CERTIFICATE', ''),
+    keyFile: text('PEM file of its private key', 'CUDA_NN_REDIS_KEY', ''),
     prefix: text('Prefix of every key', 'CUDA_NN_REDIS_PREFIX', 'nn'),
     server: text('Program to embed; empty: redis-server or valkey-server on the PATH', 'CUDA_NN_REDIS_SERVER', ''),
     connectTimeoutMs: knob('Milliseconds until a first connection is given up', 'CUDA_NN_REDIS_CONNECT_TIMEOUT_MS', 10_000, 100, 600_000),

@@ -41,10 +41,10 @@ interface Ask {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** Something under way: gives up on the signal; `moved` says that it gets on, which makes an outage begin anew. */
+/** Something under way: gives up on the signal; `moved` says that it gets on, by so many bytes, which makes an outage begin anew. */
 interface Attempt {
   readonly signal: AbortSignal | undefined;
-  readonly moved: () => void;
+  readonly moved: (bytes: number) => void;
 }
 
 export class StoreClient {
@@ -89,7 +89,7 @@ export class StoreClient {
       for (;;) {
         const answer = await this.#json({ method: 'GET', path: `${runPath(run)}/${role}`, signal });
         if (!hashing.safeParse(answer).success) return listing.parse(answer);
-        moved();
+        moved(0);
         await rest(FIRST_PAUSE_MS, signal);
       }
     });
@@ -105,7 +105,10 @@ export class StoreClient {
     for (let round = 0; round < ROUNDS; round++) {
       await this.#slots.with(signal, () =>
         this.#persist(`${role} of run ${run}`, signal, async (attempt) => {
-          fetched += await this.#fetch(`${runPath(run)}/${role}/${file.sha256}`, file.bytes, path, attempt);
+          await this.#fetch(`${runPath(run)}/${role}/${file.sha256}`, file.bytes, path, { ...attempt, moved: (bytes) => {
+            fetched += bytes;
+            attempt.moved(bytes);
+          } });
           if ((await sizeOf(path)) < file.bytes) throw new Interrupted('the connection ended');
         }),
       );
@@ -116,8 +119,8 @@ export class StoreClient {
     throw new NnError('STORE_UNAVAILABLE', `${role} of run ${run}: what the store sends has another sha-256 than it says, ${ROUNDS} times; look at its disk`, { run });
   }
 
-  /** Fetches what is missing of a file into it; returns how much. An interruption leaves what has come. */
-  async #fetch(path: string, bytes: number, into: string, { signal, moved }: Attempt): Promise<number> {
+  /** Fetches what is missing of a file into it. An interruption leaves what has come. */
+  async #fetch(path: string, bytes: number, into: string, { signal, moved }: Attempt): Promise<void> {
     const file = await open(into, 'a').catch((error: unknown) => Promise.reject(fileError(error, into) as Error));
     let at = (await file.stat()).size;
     const from = at;
@@ -132,7 +135,7 @@ export class StoreClient {
         for await (const part of response as AsyncIterable<Buffer>) {
           await file.writeFile(part);
           at += part.length;
-          moved();
+          moved(part.length);
         }
       }
       await file.sync();
@@ -142,7 +145,6 @@ export class StoreClient {
     } finally {
       await file.close();
     }
-    return at - Math.min(from, at);
   }
 
   /** Delivers a checkpoint directory with this manifest; it is complete there when this returns. Throws STORE_*, DISK_FULL, CANCELLED. */
@@ -153,12 +155,13 @@ export class StoreClient {
     let damaged = 0;
     await this.#persist(`checkpoint ${name} of run ${run}`, signal, async (attempt) => {
       let { upload, state } = uploadState.parse(await this.#json({ method: 'PUT', path, json: { epoch, manifest }, signal }));
-      attempt.moved();
+      attempt.moved(0);
       if (state === 'open') {
         const files = [...distinct].map(([sha256, { file, bytes }]) =>
           this.#slots.with(signal, () => this.#persist(`${file} of checkpoint ${name} of run ${run}`, signal, async (sending) => {
-            sentBytes += await this.#send(`${path}/${upload}/${sha256}`, join(directory, file), bytes, sending);
-            attempt.moved();
+            const sent = await this.#send(`${path}/${upload}/${sha256}`, join(directory, file), bytes, sending);
+            sentBytes += sent;
+            attempt.moved(sent);
           }, true)));
         for (const each of await Promise.allSettled(files)) if (each.status === 'rejected') throw each.reason;
       }
@@ -170,7 +173,7 @@ export class StoreClient {
           if (errorCode(error) !== 'CHECKPOINT_INVALID' || (error as NnError).context['resend'] !== true || ++damaged >= ROUNDS) throw error;
           throw new Interrupted((error as Error).message);
         }
-        attempt.moved();
+        attempt.moved(0);
         if (state !== 'complete') await rest(FIRST_PAUSE_MS, signal);
       }
     });
@@ -189,11 +192,10 @@ export class StoreClient {
     for (let at = begin; at < bytes; ) {
       const length = Math.min(this.#pieceBytes, bytes - at);
       const body = createReadStream(from, { start: at, end: at + length - 1 });
-      body.on('data', moved);
+      body.on('data', (part) => moved(part.length));
       const end = await ended(await this.#ask({ method: 'PATCH', path, headers: { [OFFSET_HEADER]: at, 'content-length': length, 'content-type': 'application/octet-stream' }, body, signal }));
       if (!(end > at)) throw new Interrupted('the store took nothing');
       at = end;
-      moved();
     }
     return Math.max(0, bytes - begin);
   }

@@ -8,7 +8,7 @@
  *   <p>:runs                              set      client        ids of all runs that have a record
  *   <p>:run:<run>                         hash     client, then orchestrator   spec, record (JSON)
  *   <p>:run:<run>:control                 string   orchestrator  Control (JSON): epoch and what the workers are to do
- *   <p>:run:<run>:wish                    string   client        'pause' | 'resume' | 'cancel': what the user asked for last
+ *   <p>:run:<run>:wish                    string   client        'pause' | 'resume' | 'cancel' and an id: what the user asked for last, until it is done
  *   <p>:run:<run>:events                  stream   orchestrator  RunEvent (JSON in field `e`), bounded
  *   <p>:control, <p>:wishes               channels               a run's id is published when its control / wish changes
  *   <p>:x:<run>:shard:<step>:<shard>      string   workers       ShardResult (JSON) of a published gradient, written last

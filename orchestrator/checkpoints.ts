@@ -17,7 +17,7 @@ export interface FoundCheckpoints {
 
 export async function findCheckpoints(runDirectory: string): Promise<FoundCheckpoints> {
   const { checkpoint, damaged } = await newestGood(runDirectory);
-  const good = checkpoint === null ? [] : listCheckpoints(runDirectory).filter(({ step }) => step <= checkpoint.step).toReversed();
+  const good = checkpoint === null ? [] : listCheckpoints(runDirectory).filter(({ step }) => step <= checkpoint.step).toReversed().map(({ directory, step }) => ({ directory, step }));
   return { good, bad: damaged.map(({ directory, error }) => ({ directory, error: toErrorRecord(error) })) };
 }
 

@@ -28,7 +28,7 @@ import { step } from './run-machine.ts';
 import { initialState, parseJobId, recordOf } from './run-state.ts';
 import type { Effect, JobAddress, MachineEvent, RunState } from './run-state.ts';
 import { Fenced } from './run-store.ts';
-import type { RunStore, Wish } from './run-store.ts';
+import type { RunStore } from './run-store.ts';
 import type { WorkerWatch } from './worker-watch.ts';
 
 /** What all drivers of an orchestrator share. */
@@ -70,7 +70,8 @@ export class Driver {
   #faults!: FaultLog;
   readonly #effects: Effect[] = [];
   #pumping = false;
-  #lastWish: Wish | null = null;
+  /** Id of the wish that was heard last. */
+  #lastWish: string | null = null;
   #lastWord: RunEvent | null = null;
   #recordDirty = false;
   #recordWriting: Promise<void> | null = null;
@@ -241,13 +242,18 @@ export class Driver {
     void this.#readWish();
   }
 
-  /** A wish counts when it is new, so that an old `resume` does not undo a pause that the machine chose itself. */
+  /** A wish counts once: what was wished before does not undo, later, a pause that the machine chose itself. */
   async #readWish(): Promise<void> {
     try {
       const wish = await this.#context.store.readWish(this.#run);
-      if (wish === this.#lastWish) return;
-      this.#lastWish = wish;
-      if (wish !== null) this.#hear({ type: 'wish', wish });
+      if (wish === null) return;
+      if (wish.id !== this.#lastWish) {
+        this.#lastWish = wish.id;
+        this.#hear({ type: 'wish', wish: wish.wish });
+      } else if (!this.#pumping && this.#effects.length === 0) {
+        // A phase is in the record when its effects are done: whoever drives the run next need not hear of the wish.
+        await this.#context.store.dropWish(this.#run, wish.id);
+      }
     } catch (error) {
       this.#logger.debug(toErrorRecord(error), 'wish not read');
     }

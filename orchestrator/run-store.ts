@@ -35,6 +35,8 @@ const RETRY = `if redis.call('hget', KEYS[1], 'record') ~= ARGV[1] then return 0
 redis.call('hset', KEYS[1], 'record', ARGV[2], 'driver', ARGV[3]) redis.call('del', KEYS[2], KEYS[3], KEYS[4])
 redis.call('xadd', KEYS[4], '*', 'e', ARGV[4]) redis.call('publish', KEYS[5], ARGV[5]) return 1`;
 
+const DROP_WISH = `if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end return 1`;
+
 /** A driver found that the run is another's now: it must stop without a further word. */
 export class Fenced extends Error {}
 
@@ -82,12 +84,19 @@ export class RunStore {
   async wish(run: string, wish: Wish): Promise<void> {
     const { record } = await this.read(run);
     if (TERMINAL_PHASES.includes(record.phase)) throw new NnError('RUN_STATE', `run ${run} is ${record.phase}; it cannot be ${PAST[wish]}`, { run, phase: record.phase });
-    await this.#redis.set(this.#names.wish(run), wish);
+    await this.#redis.set(this.#names.wish(run), `${wish} ${randomUUID()}`);
     await this.#redis.publish(this.#names.wishChannel, run);
   }
 
-  async readWish(run: string): Promise<Wish | null> {
-    return (await this.#redis.get(this.#names.wish(run))) as Wish | null;
+  /** The wish that nobody has dropped yet; `id` tells it from an equal one before it. */
+  async readWish(run: string): Promise<{ readonly wish: Wish; readonly id: string } | null> {
+    const id = await this.#redis.get(this.#names.wish(run));
+    return id === null ? null : { wish: id.split(' ')[0] as Wish, id };
+  }
+
+  /** Forgets a wish once what it led to is written down, unless there is a newer one. */
+  async dropWish(run: string, id: string): Promise<void> {
+    await this.#redis.eval(DROP_WISH, 1, this.#names.wish(run), id);
   }
 
   async readControl(run: string): Promise<Control | null> {

@@ -32,14 +32,16 @@ export class RedisServer {
   readonly #directory: string;
   readonly #name: string;
   readonly #persistent: boolean;
+  readonly #onProcess: (pid: number) => void;
   #child: ChildProcess | null = null;
 
-  constructor(directory: string, name: string, persistent: boolean) {
+  constructor(directory: string, name: string, persistent: boolean, onProcess: (pid: number) => void) {
     this.socket = join(directory, `${name}.sock`);
     this.url = `unix://${this.socket}?password=${PASSWORD}`;
     this.#directory = directory;
     this.#name = name;
     this.#persistent = persistent;
+    this.#onProcess = onProcess;
   }
 
   get pid(): number | undefined {
@@ -52,6 +54,7 @@ export class RedisServer {
       appendfsync: 'everysec', appenddirname: `${this.#name}-aof`, 'maxmemory-policy': 'noeviction', daemonize: 'no', loglevel: 'warning',
     };
     this.#child = spawn('redis-server', Object.entries(options).flatMap(([key, value]) => [`--${key}`, value]), { stdio: 'ignore' });
+    if (this.#child.pid !== undefined) this.#onProcess(this.#child.pid);
     await waitUntilUp(this.socket);
   }
 
@@ -106,11 +109,11 @@ export class RedisServer {
 }
 
 /** Starts both servers, in a temporary directory unless one is given; throws when redis-server is not on the PATH. */
-export async function startTestRedis(place?: string): Promise<TestRedis> {
+export async function startTestRedis(place?: string, onProcess: (pid: number) => void = () => undefined): Promise<TestRedis> {
   const directory = place ?? mkdtempSync(join(tmpdir(), 'nn-redis-'));
   mkdirSync(directory, { recursive: true });
-  const queues = new RedisServer(directory, 'queues', true);
-  const exchange = new RedisServer(directory, 'exchange', false);
+  const queues = new RedisServer(directory, 'queues', true, onProcess);
+  const exchange = new RedisServer(directory, 'exchange', false, onProcess);
   const start = async (): Promise<void> => void (await Promise.all([queues.start(), exchange.start()]));
   const kill = async (): Promise<void> => void (await Promise.all([queues.kill(), exchange.kill()]));
   await start();

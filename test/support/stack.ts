@@ -24,8 +24,10 @@ import { PASSWORD, startTestRedis } from './redis.ts';
 import type { TestRedis } from './redis.ts';
 
 export interface StackOptions {
-  /** Where everything lies; else a temporary directory. */
+  /** Where everything lies, to be removed by whoever gave it; else a temporary directory. */
   readonly directory?: string;
+  /** Hears of every process that is started, so that none is forgotten. */
+  readonly onProcess?: (pid: number) => void;
   readonly settings?: Record<string, object>;
   /** Whether workers and orchestrators reach Redis through proxies. */
   readonly proxied?: boolean;
@@ -62,28 +64,33 @@ export class Stack {
   readonly workersNetwork: Network | null;
   readonly orchestratorsNetwork: Network | null;
   readonly orchestrators: Victim[] = [];
-  readonly supervisors: Supervisor[] = [];
+  readonly supervisors: (Supervisor & { readonly prefix: string })[] = [];
   readonly events: SupervisorEvent[] = [];
   readonly #settings: Record<string, object>;
+  readonly #onProcess: (pid: number) => void;
+  readonly #removes: boolean;
   #names = 0;
 
-  private constructor(directory: string, redis: TestRedis, settings: Record<string, object>, networks: { workers: Network; orchestrators: Network } | null) {
+  private constructor(directory: string, redis: TestRedis, options: StackOptions, networks: { workers: Network; orchestrators: Network } | null) {
     this.directory = directory;
     this.redis = redis;
-    this.#settings = settings;
+    this.#settings = options.settings ?? QUICK;
+    this.#onProcess = options.onProcess ?? (() => undefined);
+    this.#removes = options.directory === undefined;
     this.workersNetwork = networks?.workers ?? null;
     this.orchestratorsNetwork = networks?.orchestrators ?? null;
     this.config = this.#configOf(null);
     this.client = new Client({ config: this.config });
   }
 
-  static async start({ directory = mkdtempSync(join(tmpdir(), 'nn-stack-')), settings = QUICK, proxied = false }: StackOptions = {}): Promise<Stack> {
+  static async start(options: StackOptions = {}): Promise<Stack> {
+    const { directory = mkdtempSync(join(tmpdir(), 'nn-stack-')), proxied = false, onProcess } = options;
     for (const name of ['home', 'runs']) mkdirSync(join(directory, name), { recursive: true });
     writeTokens(join(directory, 'train.tokens'), 20_000, 1);
     writeTokens(join(directory, 'validation.tokens'), 2_000, 2);
-    const redis = await startTestRedis(join(directory, 'redis'));
+    const redis = await startTestRedis(join(directory, 'redis'), onProcess);
     const network = async (): Promise<Network> => ({ queues: await Proxy.listen(redis.queues.socket), exchange: await Proxy.listen(redis.exchange.socket) });
-    return new Stack(directory, redis, settings, proxied ? { workers: await network(), orchestrators: await network() } : null);
+    return new Stack(directory, redis, options, proxied ? { workers: await network(), orchestrators: await network() } : null);
   }
 
   #configOf(network: Network | null): Config {
@@ -105,6 +112,7 @@ export class Stack {
     const config = this.#configOf(this.orchestratorsNetwork);
     const child = fork(new URL('orchestrator-process.js', import.meta.url), [JSON.stringify(config)], { stdio: ['ignore', 'ignore', 2, 'ipc'] });
     const victim = victimOf(child);
+    this.#onProcess(victim.pid);
     this.orchestrators.push(victim);
     await new Promise<void>((resolve, reject) => {
       child.once('message', () => resolve()).once('exit', (code, signal) => reject(new Error(`the orchestrator ended with ${code ?? signal}`)));
@@ -115,11 +123,22 @@ export class Stack {
   /** One more supervisor with `count` workers, named <prefix>-0 and so on. */
   async work(count: number, prefix = `w${this.#names++}`): Promise<Supervisor> {
     const supervisor = startSupervisor({
-      config: this.#configOf(this.workersNetwork), count, device: { library: 'cpu', indices: 'cpu' }, idPrefix: prefix, onEvent: (event) => this.events.push(event),
+      config: this.#configOf(this.workersNetwork), count, device: { library: 'cpu', indices: 'cpu' }, idPrefix: prefix,
+      onEvent: (event) => {
+        this.events.push(event);
+        if (event.type === 'started') this.#onProcess(event.pid);
+      },
     });
-    this.supervisors.push(supervisor);
+    this.supervisors.push(Object.assign(supervisor, { prefix }));
     await supervisor.ready;
     return supervisor;
+  }
+
+  /** The workers of that prefix are drained, and gone. */
+  async leave(prefix: string): Promise<void> {
+    const leaving = this.supervisors.filter((supervisor) => supervisor.prefix === prefix);
+    for (const supervisor of leaving) this.supervisors.splice(this.supervisors.indexOf(supervisor), 1);
+    await Promise.all(leaving.map((supervisor) => supervisor.stop()));
   }
 
   /** Process ids of the workers there are now, by name. */
@@ -198,7 +217,7 @@ export class Stack {
     await Promise.all(this.supervisors.map((supervisor) => supervisor.stop()));
     await Promise.all(proxies.map((proxy) => proxy.close()));
     await this.redis.stop();
-    rmSync(this.directory, { recursive: true, force: true });
+    if (this.#removes) rmSync(this.directory, { recursive: true, force: true });
   }
 }
 

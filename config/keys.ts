@@ -5,6 +5,7 @@
  *   key                                   type     owner         what
  *   <p>:workers                           hash     workers       worker id -> WorkerRecord (JSON); a dead one is removed by the orchestrator
  *   <p>:claims                            hash     orchestrator  worker id -> the run that uses it: a worker serves one run at a time
+ *   <p>:demands                           hash     orchestrator  run -> Demand (JSON, orchestrator/share.ts) of each run that wants workers
  *   <p>:runs                              set      client        ids of all runs that have a record
  *   <p>:run:<run>                         hash     client, then orchestrator   spec, record (JSON)
  *   <p>:run:<run>:control                 string   orchestrator  Control (JSON): epoch and what the workers are to do
@@ -28,6 +29,7 @@ export interface Control {
 export const keys = (prefix: string) => ({
   workers: `${prefix}:workers`,
   claims: `${prefix}:claims`,
+  demands: `${prefix}:demands`,
   runs: `${prefix}:runs`,
   run: (run: string) => `${prefix}:run:${run}`,
   control: (run: string) => `${prefix}:run:${run}:control`,

@@ -81,6 +81,7 @@ const schema = {
     stepsPerJob: knob('Most steps of one job of the local way', 'CUDA_NN_STEPS_PER_JOB', 200, 1, 10_000),
     watchMs: knob('Milliseconds between looks at the workers, the wishes and the clock', 'CUDA_NN_WATCH_MS', 500, 20, 60_000),
     lookupMs: knob('A job unheard of for so long is looked up in Redis, milliseconds', 'CUDA_NN_LOOKUP_MS', 3_000, 50, 600_000),
+    timeSliceMs: knob('Turn of a run where runs of one priority outnumber the workers, milliseconds; 0: whoever has a worker keeps it to its end', 'CUDA_NN_TIME_SLICE_MS', 600_000, 0, 86_400_000),
     requestTimeoutMs: knob('Deadline of a request of a client: eval and generate without a worker, answers of Redis, milliseconds', 'CUDA_NN_REQUEST_TIMEOUT_MS', 10_000, 100, 3_600_000),
     eventsKept: knob('Events of a run kept in Redis for late readers', 'CUDA_NN_EVENTS_KEPT', 10_000, 10, 10_000_000),
     eventsExpireSeconds: knob('Seconds that a finished run’s events stay', 'CUDA_NN_EVENTS_EXPIRE_SECONDS', 10, 1, 86_400),

@@ -29,6 +29,7 @@ import { initialState, parseJobId, recordOf } from './run-state.ts';
 import type { Effect, JobAddress, MachineEvent, RunState } from './run-state.ts';
 import { Fenced } from './run-store.ts';
 import type { RunStore } from './run-store.ts';
+import { Sharing } from './sharing.ts';
 import type { WorkerWatch } from './worker-watch.ts';
 
 /** What all drivers of an orchestrator share. */
@@ -68,6 +69,9 @@ export class Driver {
   #metrics!: RunMetrics;
   #history!: History;
   #faults!: FaultLog;
+  #sharing!: Sharing;
+  /** As the machine heard of it last, JSON. */
+  #share = '';
   readonly #effects: Effect[] = [];
   #pumping = false;
   /** Id of the wish that was heard last. */
@@ -117,7 +121,7 @@ export class Driver {
     const stops: (() => void)[] = [];
     try {
       await this.#recover();
-      stops.push(watch.listen((workers) => this.#hear({ type: 'workers', workers })));
+      stops.push(watch.listen(() => this.#hearWorkers()));
       stops.push(onWish(this.#run, () => void this.#readWish()));
       stops.push(onRestart(() => this.#hear({ type: 'restarted' })));
       const timer = setInterval(() => this.#tick(), config.orchestrator.watchMs);
@@ -126,7 +130,7 @@ export class Driver {
       this.#signal.addEventListener('abort', aborted, { once: true });
       stops.push(() => this.#signal.removeEventListener('abort', aborted));
       if (this.#signal.aborted) aborted();
-      this.#hear({ type: 'workers', workers: watch.views });
+      this.#hearWorkers();
       void this.#readWish();
       return await this.#ended;
     } catch (error) {
@@ -183,7 +187,13 @@ export class Driver {
     this.#append('history', () => this.#history.append({ type: 'taken', atMs: Date.now(), epoch, phase, step: at, checkpoint: newest }));
     queues.listen(this.#run, this.#hearJob);
     await watch.look();
-    this.#hear({ type: 'workers', workers: watch.views });
+    this.#sharing = new Sharing({
+      run: this.#run, token: this.#token, store, watch, timeSliceMs: orchestrator.timeSliceMs, onError: (error) => this.#logger.debug(toErrorRecord(error), 'demand not written'),
+    });
+    this.#hearWorkers();
+    // What this run wants is known to others, and what they want to it, before it takes its first worker.
+    await this.#sharing.settled();
+    this.#hearWorkers();
     for (const { directory, error } of found.bad) this.#hear({ type: 'fault', what: `checkpoint ${directory}`, error });
     if (lost) {
       const message = `Redis knows of epoch ${stored.record.epoch}, the run had come to ${kept.epoch}; its jobs are planned anew`;
@@ -237,7 +247,16 @@ export class Driver {
     this.#writeRecord();
   }
 
+  /** Who lives, and which of them are this run's to use. */
+  #hearWorkers(): void {
+    const share = this.#sharing.look(this.#state);
+    this.#share = JSON.stringify(share);
+    this.#hear({ type: 'workers', workers: this.#context.watch.views, ...(share === null ? {} : { share }) });
+  }
+
   #tick(): void {
+    // A share may change by nothing but time, and by what this run itself has become.
+    if (JSON.stringify(this.#sharing.look(this.#state)) !== this.#share) this.#hearWorkers();
     this.#hear({ type: 'tick' });
     void this.#readWish();
   }

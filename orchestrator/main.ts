@@ -108,6 +108,9 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
         if (TERMINAL_PHASES.includes(phase) || active.has(run) || (await queues.hasRun(run))) continue;
         await queues.addRun(run, (await store.read(run)).spec.priority);
       }
+      for (const run of new Set([...watch.demands.keys(), ...watch.holders])) {
+        if (!active.has(run) && !(await queues.hasRun(run))) await store.forget(run);
+      }
     } catch (error) {
       onError(error as Error);
     }

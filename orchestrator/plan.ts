@@ -5,6 +5,7 @@
 import { parameterCount } from '../config/presets.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import type { WorkerRecord } from '../config/messages.ts';
+import type { Share } from './share.ts';
 
 /** A live worker, as a run sees it. */
 export interface WorkerView {
@@ -44,6 +45,8 @@ export interface WayInput {
   readonly home: string | null;
   readonly current: Way | null;
   readonly measurements: Measurements;
+  /** The workers that are the run's to use, and why these are fewer than there could be; null: all that no other run holds. */
+  readonly share: Share | null;
 }
 
 /** Bytes of one gradient in the exchange: float32, every parameter. */
@@ -76,18 +79,22 @@ export function chooseWay(input: WayInput): Way {
   if (capable.length === 0) return waiting(`waiting: no live worker computes in ${spec.precision}`);
   const trusted = capable.filter((worker) => !input.excluded.includes(`${worker.id}/${worker.incarnation}`));
   if (trusted.length === 0) return waiting('waiting: the replica of every live worker differed; restart the workers');
-  const free = trusted.filter((worker) => worker.heldBy === null || worker.heldBy === run);
+  const { share } = input;
+  const ours = share === null ? trusted : trusted.filter((worker) => share.workers.includes(worker.id));
+  if (ours.length === 0) return waiting(`waiting: ${share!.reason ?? 'no worker is to be had'}`);
+  const free = ours.filter((worker) => worker.heldBy === null || worker.heldBy === run);
   if (free.length === 0) {
-    const others = [...new Set(trusted.map((worker) => worker.heldBy))].slice(0, 3).join(', ');
-    return waiting(`waiting: every fitting worker serves another run (${others})`);
+    const others = [...new Set(ours.map((worker) => worker.heldBy))].slice(0, 3).join(', ');
+    return waiting(share === null ? `waiting: every fitting worker serves another run (${others})` : `waiting: ${others} gives up a worker at its next step`);
   }
 
   const ranked = rank(free, input);
   const most = Math.min(ranked.length, spec.batch.shards);
-  const local = (reason: string): Way => ({ exchange: 'local', workers: ranked.slice(0, 1), shared: false, reason });
+  const because = (reason: string): string => (share === null || share.reason === null ? reason : `${reason}; ${share.reason}`);
+  const local = (reason: string): Way => ({ exchange: 'local', workers: ranked.slice(0, 1), shared: false, reason: because(reason) });
   const flow = (count: number, reason: string): Way => {
     const chosen = ranked.slice(0, count);
-    return { exchange: 'redis', workers: chosen, shared: chosen.length === workers.length, reason };
+    return { exchange: 'redis', workers: chosen, shared: chosen.length === workers.length, reason: because(reason) };
   };
   if (spec.batch.shards === 1) return local('a step has one shard: nothing to share');
   if (spec.parallelism === 1) return local('parallelism is 1');
@@ -98,6 +105,12 @@ export function chooseWay(input: WayInput): Way {
     return flow(count, `parallelism is ${spec.parallelism}${short}`);
   }
   return automatic(input, most, local, flow);
+}
+
+/** The most workers that the run could use now, were all of them free: what it demands of them. At least 1. */
+export function mostWorkers(input: Omit<WayInput, 'share'>): number {
+  const workers = input.workers.map((worker) => ({ ...worker, heldBy: null }));
+  return Math.max(1, chooseWay({ ...input, workers, share: null }).workers.length);
 }
 
 /** `auto`: the count of workers with the shortest estimated step. */

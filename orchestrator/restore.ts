@@ -102,7 +102,7 @@ export function rebuild(directory: string): { readonly spec: RunSpec; readonly r
     ...kept,
     run,
     step: steps.length > 0 ? steps.length : Math.max(kept.step, newest?.step ?? 0),
-    checkpoint: newest ?? null,
+    checkpoint: newest === undefined ? null : { directory: newest.directory, step: newest.step },
     skippedSteps: Math.max(kept.skippedSteps, steps.filter(({ skipped }) => skipped).length),
     firstLoss: steps[0]?.loss ?? kept.firstLoss,
     validation: last === undefined ? kept.validation : { step: last.step, loss: last.loss! },

@@ -18,6 +18,7 @@
  * `decide`, when nothing is under way (the activity is null), takes the first of these that applies:
  *   1. pausing: a checkpoint if `version` is only at home; else paused.        5. version 0, N, 2N, ...: eval.
  *   2. no fitting worker: wait, and say why.                                   6. several replicas: compare digests.
+ *      A worker that is another run's to use (share.ts) fits no more: a local job there is asked to yield.
  *   3. workers not yet claimed: claim them.                                    7. the last version: weights digest, then completed.
  *   4. the way leaves home, or a checkpoint is due: checkpoint at home;        8. local: a `steps` job; several workers: a flow.
  *      home is lost: fall back to the newest version anybody can reach.
@@ -88,7 +89,9 @@ class Machine {
 
   hear(event: MachineEvent): void {
     switch (event.type) {
-      case 'workers': return this.hearWorkers(event.workers);
+      case 'workers':
+        this.state.share = event.share ?? null;
+        return this.hearWorkers(event.workers);
       case 'adopt': return this.guarded(`job ${event.job.id}`, () => this.adopt(event));
       case 'ready': return this.begin();
       case 'claimed': return this.hearClaimed(event.workers);
@@ -151,10 +154,12 @@ class Machine {
     return { ...activity, holders: [...activity.holders, ...joiners.map(({ id, incarnation }) => ({ id, incarnation }))] };
   }
 
-  /** A local job is under way: asks it to end at the next step boundary if the way has changed. */
+  /** A local job is under way: asks it to end at the next step boundary if the way has changed, or its worker is another run's to use. */
   private yieldIfBetter(activity: Of<'steps'>): void {
+    const { share } = this.state;
     const way = this.wanted();
-    if (way.workers.length === 0 || (way.exchange === 'local' && way.workers[0] === activity.holder.id)) return;
+    if (way.exchange === 'local' && way.workers[0] === activity.holder.id) return;
+    if (way.workers.length === 0 && (share === null || share.workers.includes(activity.holder.id))) return;
     this.control('yield');
   }
 
@@ -550,8 +555,8 @@ class Machine {
   }
 
   private wanted(): Way {
-    const { settings, workers, excluded, home, way, measurements } = this.state;
-    return chooseWay({ run: settings.run, spec: settings.spec, workers, excluded, home: home?.id ?? null, current: way, measurements });
+    const { settings, workers, excluded, home, way, measurements, share } = this.state;
+    return chooseWay({ run: settings.run, spec: settings.spec, workers, excluded, home: home?.id ?? null, current: way, measurements, share });
   }
 
   private setWay(way: Way): void {

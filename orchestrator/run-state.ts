@@ -7,7 +7,9 @@ import type { Control } from '../config/keys.ts';
 import type { Result, RunEvent, RunPhase, RunRecord, StepReport } from '../config/messages.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import { changeAttempt } from './attempts.ts';
+import { mostWorkers } from './plan.ts';
 import type { CheckpointPlace, Measurements, Way, WorkerView } from './plan.ts';
+import type { Demand, Share } from './share.ts';
 
 /** Faults that the record holds, the newest. */
 export const FAULTS_KEPT = 100;
@@ -118,6 +120,8 @@ export interface RunState {
   readonly workers: readonly WorkerView[];
   readonly excluded: readonly string[];
   readonly claims: readonly string[];
+  /** The workers that are this run's to use among all live runs; null: nobody told. */
+  readonly share: Share | null;
   readonly way: Way | null;
   readonly measurements: Measurements;
   readonly lastEvalStep: number;
@@ -159,7 +163,7 @@ export interface RunState {
 
 /** All that a machine hears. `atMs` is the orchestrator's clock. */
 export type MachineEvent = { readonly atMs: number } & (
-  | { readonly type: 'workers'; readonly workers: readonly WorkerView[] }
+  | { readonly type: 'workers'; readonly workers: readonly WorkerView[]; readonly share?: Share }
   | {
       /** Recovery found this job of the current epoch; its end, if it is finished, follows as an event of its own. */
       readonly type: 'adopt';
@@ -271,6 +275,7 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
     workers: [],
     excluded: [],
     claims: [],
+    share: null,
     way: null,
     measurements: { shardComputeMs: null, exchangeBytesPerMs: null },
     lastEvalStep: Math.max(counted?.lastEvalStep ?? -1, record.validation?.step ?? -1, record.validationBefore === null ? -1 : 0),
@@ -310,6 +315,22 @@ export function queuedRecord(run: string, spec: RunSpec, atMs: number): RunRecor
     run, phase: 'queued', step: 0, steps: spec.steps, epoch: 0, checkpoint: null, lastReport: null, firstLoss: null, validation: null,
     validationBefore: null, tokensPerSecond: null, weightsDigest: null, way: null, skippedSteps: 0, faults: [], faultCounts: {}, attempts: [], runningMs: 0, error: null,
     createdAtMs: atMs, startedAtMs: null, finishedAtMs: null,
+  };
+}
+
+/** What the run asks of the workers, but for since when it has them; null: nothing, it stands still. */
+export function demandOf(state: RunState): Omit<Demand, 'servedSinceMs' | 'waitingSinceMs' | 'wasServed'> | null {
+  const { settings, shown, home, way, excluded, workers, measurements } = state;
+  if (state.phase !== 'queued' && state.phase !== 'running' && state.phase !== 'pausing') return null;
+  const { run, spec } = settings;
+  return {
+    run,
+    priority: spec.priority,
+    precision: spec.precision,
+    most: mostWorkers({ run, spec, workers, excluded, home: home?.id ?? null, current: way, measurements }),
+    createdAtMs: shown.createdAtMs,
+    home: home?.id ?? way?.workers[0] ?? null,
+    excluded,
   };
 }
 

@@ -13,6 +13,7 @@ import type { Redis } from '../config/redis.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import type { Config } from '../config/schema.ts';
 import { retriedRecord } from './attempts.ts';
+import type { Demand } from './share.ts';
 
 export type Wish = 'pause' | 'resume' | 'cancel';
 
@@ -24,12 +25,15 @@ const WRITE_RECORD = `${OWNED} redis.call('hset', KEYS[1], 'record', ARGV[2]) re
 const WRITE_CONTROL = `${OWNED} redis.call('set', KEYS[2], ARGV[2]) redis.call('publish', KEYS[3], ARGV[3]) return 1`;
 const DELETE_CONTROL = `${OWNED} redis.call('del', KEYS[2]) redis.call('publish', KEYS[3], ARGV[2]) return 1`;
 const CLOSE = `${OWNED} redis.call('hset', KEYS[1], 'record', ARGV[2]) redis.call('del', KEYS[2])
-redis.call('xadd', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'e', ARGV[4]) redis.call('expire', KEYS[3], ARGV[5]) return 1`;
+redis.call('hdel', KEYS[4], ARGV[6]) redis.call('xadd', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'e', ARGV[4]) redis.call('expire', KEYS[3], ARGV[5]) return 1`;
 
 const PUBLISH = `${OWNED} redis.call('xadd', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'e', ARGV[3]) return 1`;
+const DEMAND = `${OWNED} if ARGV[3] == '' then redis.call('hdel', KEYS[2], ARGV[2]) else redis.call('hset', KEYS[2], ARGV[2], ARGV[3]) end return 1`;
 const LEAVE = `${OWNED} redis.call('hdel', KEYS[1], 'driver') return 1`;
 const SWEEP = `${OWNED} redis.call('del', KEYS[2], KEYS[3]) redis.call('expire', KEYS[4], ARGV[2]) redis.call('publish', KEYS[5], ARGV[3])
 redis.call('hdel', KEYS[1], 'driver') return 1`;
+const FORGET = `redis.call('hdel', KEYS[1], ARGV[1]) local claims = redis.call('hgetall', KEYS[2])
+for i = 1, #claims, 2 do if claims[i + 1] == ARGV[1] then redis.call('hdel', KEYS[2], claims[i]) end end return 1`;
 /** Only if nobody changed the record since it was read; a driver of before loses the run by the new token. */
 const RETRY = `if redis.call('hget', KEYS[1], 'record') ~= ARGV[1] then return 0 end
 redis.call('hset', KEYS[1], 'record', ARGV[2], 'driver', ARGV[3]) redis.call('del', KEYS[2], KEYS[3], KEYS[4])
@@ -128,9 +132,9 @@ export class RunStore {
 
   /** The last word: final record, final event; the wish is deleted, the events expire. The driver still cleans up. Throws Fenced. */
   async close(run: string, token: string, record: RunRecord, last: RunEvent): Promise<void> {
-    const { run: hash, wish, events } = this.#names;
+    const { run: hash, wish, events, demands } = this.#names;
     const { eventsKept, eventsExpireSeconds } = this.#config.orchestrator;
-    this.#mustOwn(await this.#redis.eval(CLOSE, 3, hash(run), wish(run), events(run), token, JSON.stringify(record), eventsKept, JSON.stringify(last), eventsExpireSeconds));
+    this.#mustOwn(await this.#redis.eval(CLOSE, 4, hash(run), wish(run), events(run), demands, token, JSON.stringify(record), eventsKept, JSON.stringify(last), eventsExpireSeconds, run));
   }
 
   #mustOwn(reply: unknown): void {
@@ -141,6 +145,16 @@ export class RunStore {
   async publish(run: string, token: string, event: RunEvent): Promise<void> {
     const { run: hash, events } = this.#names;
     this.#mustOwn(await this.#redis.eval(PUBLISH, 2, hash(run), events(run), token, this.#config.orchestrator.eventsKept, JSON.stringify(event)));
+  }
+
+  /** What the run wants of the workers, for all orchestrators to see; null: nothing. Throws Fenced. */
+  async writeDemand(run: string, token: string, demand: Demand | null): Promise<void> {
+    this.#mustOwn(await this.#redis.eval(DEMAND, 2, this.#names.run(run), this.#names.demands, token, run, demand === null ? '' : JSON.stringify(demand)));
+  }
+
+  /** A demand and claims that nobody drives any more: others are not to wait for them. */
+  async forget(run: string): Promise<void> {
+    await this.#redis.eval(FORGET, 2, this.#names.demands, this.#names.claims, run);
   }
 
   /** Whether the run is still this driver's. */

@@ -1,6 +1,6 @@
 /**
- * Who lives, and which run each worker serves: reads the workers' heartbeats and the claims, for all runs of one
- * orchestrator. A worker is dead when its heartbeat has not changed for deadAfterMs of time in which Redis could be read:
+ * Who lives, which run each worker serves, and what runs want: reads the workers' heartbeats, the claims and the demands, for
+ * all runs of one orchestrator. A worker is dead when its heartbeat has not changed for deadAfterMs of time in which Redis could be read:
  * clocks of other machines do not count, and losing sight of everybody is nobody's death. Called by main.ts and driver.ts.
  */
 import { keys } from '../config/keys.ts';
@@ -8,6 +8,7 @@ import type { WorkerRecord } from '../config/messages.ts';
 import type { Redis } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
 import type { WorkerView } from './plan.ts';
+import type { Demand } from './share.ts';
 
 interface Sighting {
   readonly text: string;
@@ -36,6 +37,8 @@ export class WorkerWatch {
   readonly #seen = new Map<string, Sighting>();
   #claims: Readonly<Record<string, string>> = {};
   #views: readonly WorkerView[] = [];
+  #demands: ReadonlyMap<string, Demand> = new Map();
+  #clockOffsetMs = Date.now() - performance.now();
   #signature = '';
   #observedMs = 0;
   #lastLookMs: number | null = null;
@@ -53,6 +56,21 @@ export class WorkerWatch {
     return this.#views;
   }
 
+  /** What each run wants, by its driver's last word. */
+  get demands(): ReadonlyMap<string, Demand> {
+    return this.#demands;
+  }
+
+  /** Redis' clock, which is one for all orchestrators. */
+  get nowMs(): number {
+    return Math.round(performance.now() + this.#clockOffsetMs);
+  }
+
+  /** The runs that hold a worker. */
+  get holders(): readonly string[] {
+    return [...new Set(Object.values(this.#claims))];
+  }
+
   /** Ids of all workers of which Redis or a claim knows, dead ones too. */
   get knownIds(): readonly string[] {
     return [...new Set([...this.#seen.keys(), ...Object.keys(this.#claims)])];
@@ -68,7 +86,7 @@ export class WorkerWatch {
     clearInterval(this.#timer);
   }
 
-  /** The listener hears every change: who lives, in which state, with which replica, held by which run. */
+  /** The listener hears every change: who lives, in which state, with which replica, held by which run, and what runs want. */
   listen(listener: (views: readonly WorkerView[]) => void): () => void {
     this.#listeners.add(listener);
     return () => this.#listeners.delete(listener);
@@ -89,13 +107,18 @@ export class WorkerWatch {
 
   async #lookNow(): Promise<void> {
     const beganMs = performance.now();
-    const [workers, claims] = await Promise.all([this.#redis.hgetall(this.#names.workers), this.#redis.hgetall(this.#names.claims)]);
+    const { workers: workersKey, claims: claimsKey, demands: demandsKey } = this.#names;
+    const [workers, claims, demands, [seconds, microseconds]] = await Promise.all([
+      this.#redis.hgetall(workersKey), this.#redis.hgetall(claimsKey), this.#redis.hgetall(demandsKey), this.#redis.time(),
+    ]);
     const nowMs = performance.now();
     // Only time between two looks that both came back at once counts: what happened in a gap was not observed.
     const gapMs = this.#lastLookMs === null || nowMs - beganMs > this.#config.worker.deadAfterMs / 2 ? 0 : nowMs - this.#lastLookMs;
     this.#observedMs += Math.min(gapMs, this.#config.worker.deadAfterMs / 2);
     this.#lastLookMs = nowMs;
+    this.#clockOffsetMs = Number(seconds) * 1_000 + Number(microseconds) / 1_000 - nowMs;
     this.#claims = claims;
+    this.#demands = new Map(Object.entries(demands).map(([run, text]) => [run, JSON.parse(text) as Demand]));
     for (const [id, text] of Object.entries(workers)) this.#see(id, text);
     for (const id of this.#seen.keys()) if (workers[id] === undefined) this.#seen.delete(id);
     await this.#bury();
@@ -135,7 +158,7 @@ export class WorkerWatch {
         lastExit: record.lastExit ?? null,
         heldBy: this.#claims[record.id] ?? null,
       }));
-    const signature = JSON.stringify(this.#views);
+    const signature = JSON.stringify([this.#views, [...this.#demands]]);
     if (signature === this.#signature) return;
     this.#signature = signature;
     for (const listener of this.#listeners) listener(this.#views);

@@ -3,7 +3,7 @@ import { expect } from 'chai';
 import { property, assert as check, integer } from 'fast-check';
 import { parseRunSpec } from '../../config/run-spec.ts';
 import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
-import { checkpointsToDelete, chooseWay, evalDue, gradientBytes, nextBoundary, stepEstimateMs } from '../../orchestrator/plan.ts';
+import { checkpointsToDelete, chooseWay, evalDue, gradientBytes, mostWorkers, nextBoundary, stepEstimateMs } from '../../orchestrator/plan.ts';
 import type { WayInput, WorkerView } from '../../orchestrator/plan.ts';
 
 const spec = (changes: Partial<RunSpecInput> = {}): RunSpec =>
@@ -13,7 +13,7 @@ const worker = (id: string, changes: Partial<WorkerView> = {}): WorkerView => ({
 });
 const way = (changes: Partial<WayInput> = {}): ReturnType<typeof chooseWay> =>
   chooseWay({
-    run: 'r', spec: spec(), workers: [worker('a'), worker('b'), worker('c')], excluded: [], home: null, current: null,
+    run: 'r', spec: spec(), workers: [worker('a'), worker('b'), worker('c')], excluded: [], home: null, current: null, share: null,
     measurements: { shardComputeMs: null, exchangeBytesPerMs: null }, ...changes,
   });
 
@@ -24,6 +24,17 @@ describe('plan: the way of a step', () => {
     expect(way({ spec: spec({ precision: 'bf16' }) }).reason).to.match(/bf16/);
     expect(way({ workers: [worker('a', { heldBy: 'other' })] }).reason).to.match(/another run \(other\)/);
     expect(way({ workers: [worker('a')], excluded: ['a/a-1'] }).reason).to.match(/differed/);
+  });
+
+  it('takes only what is its share, says why that is less, and demands what it could use', () => {
+    const three = spec({ parallelism: 3 });
+    expect(way({ spec: three, share: { workers: ['b', 'c'], reason: 'shares 3 workers with 1 other run' } })).to.deep.include({
+      workers: ['b', 'c'], reason: 'parallelism is 3, but 2 workers are free; shares 3 workers with 1 other run',
+    });
+    expect(way({ share: { workers: [], reason: '2 runs take turns on 1 worker' } }).reason).to.equal('waiting: 2 runs take turns on 1 worker');
+    const input = { run: 'r', spec: three, excluded: [], home: null, current: null, measurements: { shardComputeMs: null, exchangeBytesPerMs: null } };
+    expect(mostWorkers({ ...input, workers: ['a', 'b', 'c', 'd'].map((id) => worker(id, { heldBy: 'other' })) })).to.equal(3);
+    expect(mostWorkers({ ...input, workers: [] })).to.equal(1);
   });
 
   it('is local for one shard, one worker, parallelism 1, or while nothing was measured', () => {

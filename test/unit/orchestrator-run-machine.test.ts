@@ -361,6 +361,49 @@ describe('run machine: who holds what', () => {
   });
 });
 
+describe('run machine: a share of the workers', () => {
+  const given = (table: Table, ...ids: string[]): Table => table.tell({ type: 'workers', workers: table.workers, share: { workers: ids, reason: 'shares with another' } });
+  const commands = (table: Table): string[] => table.effects.flatMap((effect) => (effect.type === 'control' ? [effect.control.command] : []));
+  const released = (table: Table): string[] => table.effects.flatMap((effect) => (effect.type === 'release' ? effect.workers : []));
+
+  it('a worker that is another run\'s to use is given up at the step boundary, when what it has is written down', () => {
+    const table = given(new Table({ parallelism: 1 }, ['a']));
+    expect(commands(table).at(-1)).to.equal('yield');
+    expect(given(table).effects.filter((effect) => effect.type === 'control' && effect.control.command === 'yield').length).to.equal(1);
+    table.completeSteps(3);
+    expect(table.last('checkpoint')).to.include({ worker: 'a' });
+    expect(released(table)).to.deep.equal([]);
+    const { id, data } = table.last('checkpoint');
+    const { directory, epoch } = data as { directory: string; epoch: number };
+    table.tell({ type: 'completed', id, result: { worker: 'a', epoch, step: 3, directory, bytes: 1, milliseconds: 1 } });
+    expect(released(table)).to.deep.equal(['a']);
+    expect(table.state.way).to.deep.include({ workers: [], reason: 'waiting: shares with another' });
+    expect(table.state.phase).to.equal('running');
+    table.workers = [worker('a')];
+    given(table, 'a').completeSteps(6);
+    expect(table.counted).to.deep.equal([1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    expect(table.state.epoch).to.equal(0);
+  });
+
+  it('what is written down already is not written again', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    given(table).completeSteps(0);
+    expect(table.added.map(({ name }) => name)).to.deep.equal(['steps']);
+    expect(released(table)).to.deep.equal(['a']);
+  });
+
+  it('a flow goes on with fewer from its next step on, and waits for who is not released yet', () => {
+    const table = given(new Table({ parallelism: 2 }, ['a', 'b']), 'b');
+    expect(released(table)).to.deep.equal([]);
+    table.completeReduce('a');
+    expect(released(table)).to.deep.equal(['a']);
+    expect(table.state.way).to.deep.include({ exchange: 'local', workers: ['b'] });
+    const other = new Table({ parallelism: 1 }, []);
+    other.workers = [worker('c', { heldBy: 'other' })];
+    expect(given(other, 'c').state.way!.reason).to.equal('waiting: other gives up a worker at its next step');
+  });
+});
+
 describe('run machine: a limit of time', () => {
   const limited = (spec: Partial<RunSpecInput> = {}, workers = ['a']): Table => new Table({ parallelism: Math.max(1, workers.length), maxDurationSeconds: 10, ...spec }, workers);
   const commands = (table: Table): string[] => table.effects.flatMap((effect) => (effect.type === 'control' ? [effect.control.command] : []));

@@ -130,7 +130,7 @@ class Division {
     const quotas = this.#quotas();
     // How many is settled; which ones: those that a run holds, as many as it may, then others.
     this.#owners = new Map();
-    for (const demand of this.#demands) for (const id of this.#held(demand).slice(0, quotas.get(demand.run)!)) this.#owners.set(id, demand.run);
+    for (const demand of this.#demands) for (const id of this.#held(demand).slice(0, quotas.get(demand.run))) this.#owners.set(id, demand.run);
     for (const demand of this.#demands.toSorted((a, b) => compare(a.run, b.run))) {
       while (this.#owned(demand.run) < quotas.get(demand.run)!) if (!this.#augment(demand, new Set())) break;
     }

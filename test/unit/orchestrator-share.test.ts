@@ -74,7 +74,7 @@ describe('share: laws', () => {
 
   laws('among equals that fit the same workers nobody has two more than another that wants more', (all, _pool, shares) => {
     for (const poor of all) for (const rich of all) {
-      const same = poor.priority === rich.priority && poor.precision === rich.precision && `${poor.excluded}` === `${rich.excluded}`;
+      const same = poor.priority === rich.priority && poor.precision === rich.precision && poor.excluded.join() === rich.excluded.join();
       const has = (each: Demand): number => shares.get(each.run)!.workers.length;
       if (same && has(poor) < poor.most) expect(has(rich)).to.be.at.most(has(poor) + 1);
     }

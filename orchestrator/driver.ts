@@ -206,7 +206,9 @@ export class Driver {
   /** Tells the machine of the jobs that an earlier driver of this run left in Redis, and of what became of them. */
   async #adopt(): Promise<void> {
     const { queues, watch } = this.#context;
-    const jobs = (await queues.jobsOf(this.#run, watch.knownIds)).filter((job) => parseJobId(job.id)!.epoch === this.#state.epoch);
+    // A checkpoint outlives its epoch once its state is copied.
+    const all = await queues.jobsOf(this.#run, watch.knownIds);
+    const jobs = all.filter(({ id, status }) => parseJobId(id)!.epoch === this.#state.epoch || (parseJobId(id)!.name === 'checkpoint' && status.state === 'pending'));
     for (const job of jobs) await queues.watch(job);
     for (const job of jobs) {
       const { name, step: at } = parseJobId(job.id)!;
@@ -214,7 +216,7 @@ export class Driver {
       const related = name === 'reduce' ? jobs.filter((other) => parseJobId(other.id)!.name === 'shard' && parseJobId(other.id)!.step === at) : [];
       // Its state may have changed since the listing; the events heard meanwhile were not for any activity.
       const status = job.status.state === 'pending' ? await queues.lookup(address) : job.status;
-      this.#hear({ type: 'adopt', job: address, data: job.data, processedAtMs: job.processedAtMs, finished: status.state !== 'pending', related });
+      this.#hear({ type: 'adopt', job: address, data: job.data, processedAtMs: job.processedAtMs, finished: status.state !== 'pending', progress: job.progress, related });
       if (name === 'steps') for (const data of await queues.progressOf(address)) this.#hear({ type: 'progress', id: job.id, data });
       if (status.state === 'completed') this.#hear({ type: 'completed', id: job.id, result: status.result });
       if (status.state === 'failed') this.#hear({ type: 'failed', id: job.id, error: status.error });

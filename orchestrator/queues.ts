@@ -33,6 +33,8 @@ export type JobStatus = { readonly state: 'pending' | 'missing' } | { readonly s
 export interface FoundJob extends JobAddress {
   readonly data: unknown;
   readonly processedAtMs: number | null;
+  /** The last progress that it reported; null: none. */
+  readonly progress: unknown;
   readonly status: JobStatus;
 }
 
@@ -186,7 +188,7 @@ export class Queues {
       const jobs = (await this.queue(nameOf(address)).getJobs(['waiting', 'prioritized', 'delayed', 'active', 'waiting-children', 'completed', 'failed'], 0, ENDED_KEPT)) as (Job | undefined)[];
       for (const job of jobs) {
         if (job?.id === undefined || parseJobId(job.id)?.run !== run) continue;
-        found.push({ ...address, id: job.id, data: job.data as unknown, processedAtMs: job.processedOn ?? null, status: statusOf(job) });
+        found.push({ ...address, id: job.id, data: job.data as unknown, processedAtMs: job.processedOn ?? null, progress: job.progress === 0 ? null : job.progress, status: statusOf(job) });
       }
     }
     return found.sort((a, b) => parseJobId(a.id)!.step - parseJobId(b.id)!.step);

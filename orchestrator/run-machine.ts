@@ -9,7 +9,7 @@
  *   running    last digest reported        completed  finish
  *   running    never-failure, too many     failed     epoch + 1, Control `stop`, finish
  *   running    maxDurationSeconds are over failed     at the step boundary, after a checkpoint; finish
- *   running    checkpoint meets DISK_FULL  paused     the worker stays claimed, its replica is kept
+ *   running    checkpoint meets DISK_FULL  pausing    then paused at the step boundary: the worker stays claimed, its replica is kept
  *   pausing    nothing under way           paused     after a checkpoint, if the version is nowhere else; release the workers
  *   pausing    resume                      running    Control `run` before the next job
  *   paused     resume                      running    epoch + 1, decide
@@ -23,27 +23,28 @@
  *   4. the way leaves home, or a checkpoint is due: checkpoint at home;        8. local: a `steps` job; several workers: a flow.
  *      home is lost: fall back to the newest version anybody can reach.
  *
+ * A checkpoint is the activity until its state is copied; then it moves to `saving`, and the next thing is decided while its files
+ * are written. Whatever needs it complete waits for it: another checkpoint, leaving home, a pause, the end, and a log that is full.
+ *
  * Exactly once: a report is appended when it is that of step + 1, and no other way. Jobs carry the epoch in id and payload;
  * only those of the activity at hand are listened to, and giving up on an activity raises the epoch.
  */
 import type { ErrorRecord } from '../config/errors.ts';
 import { ERROR_KINDS } from '../config/errors.ts';
 import { parseMessage, parseResult, results, TERMINAL_PHASES } from '../config/messages.ts';
-import type { Result, RunEvent, RunFault, RunPhase, StepReport } from '../config/messages.ts';
+import type { Result, StepReport } from '../config/messages.ts';
 import { tokensPerStep } from '../config/run-spec.ts';
+import { adoptable, holdersOf, jobsOf, nameOf } from './activities.ts';
+import type { Of } from './activities.ts';
 import { beginAttempt, changeAttempt, endAttempt } from './attempts.ts';
+import { MachineDraft, SMOOTHING } from './machine-draft.ts';
 import { checkpointDue, checkpointsToDelete, chooseWay, comparisonDue, evalDue, nextBoundary } from './plan.ts';
 import type { Way, WorkerView } from './plan.ts';
-import { FAULTS_KEPT, jobId, parseJobId } from './run-state.ts';
-import type { Activity, Effect, HistoryEntry, Holder, JobAddress, MachineEvent, NewJob, RunState, StepSource } from './run-state.ts';
-
-type Draft = { -readonly [Key in keyof RunState]: RunState[Key] };
-type Of<Kind extends Activity['kind']> = Extract<Activity, { kind: Kind }>;
+import { parseJobId } from './run-state.ts';
+import type { Activity, Effect, Holder, JobAddress, MachineEvent, NewJob, RunState, Saving, StepSource } from './run-state.ts';
 
 /** Steps whose shard digests are remembered, for late reports. */
 const DIGESTS_KEPT = 4;
-/** Weight of the newest in a smoothed measurement. */
-const SMOOTHING = 0.3;
 
 /** Applies one event. Neither argument is changed. */
 export function step(state: RunState, event: MachineEvent): { readonly state: RunState; readonly effects: readonly Effect[] } {
@@ -55,16 +56,7 @@ export function step(state: RunState, event: MachineEvent): { readonly state: Ru
 }
 
 /** One application of an event: a draft of the next state, and the effects so far. Lives for one call of `step`. */
-class Machine {
-  readonly state: Draft;
-  readonly effects: Effect[] = [];
-  readonly atMs: number;
-
-  constructor(state: Draft, atMs: number) {
-    this.state = state;
-    this.atMs = atMs;
-  }
-
+class Machine extends MachineDraft {
   /** Time between two events belongs to the phase that the first left behind; time without an orchestrator to none. */
   passTime(): void {
     const { state, atMs } = this;
@@ -137,10 +129,12 @@ class Machine {
     }
     if (state.home !== null && !this.lives(state.home)) state.home = null;
     if (state.activity?.kind === 'flow' && state.activity.parent.worker === null) state.activity = this.withJoiners(state.activity);
-    const dead = this.holders().find((holder) => !this.lives(holder));
+    if (state.saving !== null && !this.lives(state.saving.holder)) this.savingFailed(state.saving, lost(state.saving.holder));
+    if (this.over()) return;
+    const dead = holdersOf(this.state.activity).find((holder) => !this.lives(holder));
     if (dead !== undefined) {
-      const error: ErrorRecord = { code: 'WORKER_LOST', message: `worker ${dead.id} ended while it held a job of this run`, context: { worker: dead.id } };
-      this.fault(this.activityName(), error);
+      const error = lost(dead);
+      this.fault(nameOf(this.state), error);
       return this.replan(error);
     }
     if (state.activity?.kind === 'steps' && state.command === 'run' && state.phase === 'running') this.yieldIfBetter(state.activity);
@@ -172,6 +166,7 @@ class Machine {
 
   private hearProgress(id: string, data: unknown): void {
     const { activity } = this.state;
+    if (activity?.kind === 'checkpoint' && activity.job.id === id) return this.guarded(`progress of ${id}`, () => this.checkpointCopied(activity, data));
     if (activity?.kind !== 'steps' || activity.job.id !== id) return;
     this.guarded(`progress of ${id}`, () => {
       const { report, worker } = parseResult('stepProgress', data);
@@ -183,9 +178,10 @@ class Machine {
   }
 
   private hearCompleted(id: string, value: unknown): void {
-    const { activity } = this.state;
+    const { activity, saving } = this.state;
     this.noteShard(id, value);
     if (this.over()) return;
+    if (saving?.job.id === id) return this.saved(saving, parseResult('checkpoint', value));
     switch (activity?.kind) {
       case 'steps': return activity.job.id === id ? this.stepsCompleted(activity, parseResult('steps', value)) : undefined;
       case 'flow': return activity.parent.id === id ? this.flowCompleted(activity, parseResult('reduce', value)) : undefined;
@@ -255,23 +251,70 @@ class Machine {
     this.decide();
   }
 
+  private checkpointCopied(activity: Of<'checkpoint'>, data: unknown): void {
+    const { step: at } = parseResult('checkpointProgress', data);
+    if (at !== activity.step) return this.badResult(`${activity.job.id} tells of step ${at}`);
+    const { job, holder, step: version, directory } = activity;
+    this.idle();
+    this.state.saving = { job, holder, step: version, directory, unwanted: false, checkedAtMs: this.atMs };
+    this.decide();
+  }
+
   private checkpointCompleted(activity: Of<'checkpoint'>, result: Result<'checkpoint'>): void {
-    const state = this.state;
     if (result.step !== activity.step) return this.badResult(`${activity.job.id} tells of step ${result.step}`);
     this.idle();
-    state.replans = 0;
-    const checkpoints = [...state.checkpoints.filter((each) => each.step !== activity.step), { directory: activity.directory, step: activity.step }];
-    const old = checkpointsToDelete(state.settings.spec, checkpoints);
-    state.checkpoints = checkpoints.filter((each) => !old.includes(each));
-    state.sharedVersion = Math.max(state.sharedVersion, activity.step);
-    this.note({ type: 'checkpoint', step: activity.step, worker: result.worker });
-    this.publish({ type: 'checkpoint', step: activity.step, directory: activity.directory, atMs: this.atMs });
-    if (old.length > 0) this.effects.push({ type: 'deleteCheckpoints', directories: old.map(({ directory }) => directory) });
-    if (activity.step > state.trimmedThrough) {
-      this.effects.push({ type: 'trim', from: state.trimmedThrough, through: activity.step });
-      state.trimmedThrough = activity.step;
-    }
+    this.complete(activity, result.worker);
+  }
+
+  private saved(saving: Saving, result: Result<'checkpoint'>): void {
+    if (result.step !== saving.step) return this.badResult(`${saving.job.id} tells of step ${result.step}`);
+    this.state.saving = null;
+    if (this.state.activity === null) this.state.lastNewsMs = this.atMs;
+    if (!saving.unwanted) return this.complete(saving, result.worker);
+    this.effects.push({ type: 'deleteCheckpoints', directories: [saving.directory] });
     this.decide();
+  }
+
+  /** A checkpoint is complete on the disk: from here on the run may rest on it. */
+  private complete({ step: at, directory }: RunState['checkpoints'][number], worker: string): void {
+    const state = this.state;
+    state.replans = 0;
+    state.saveFailures = 0;
+    state.checkpoints = [...state.checkpoints.filter((each) => each.step !== at), { directory, step: at }].sort((a, b) => a.step - b.step);
+    state.sharedVersion = Math.max(state.sharedVersion, at);
+    this.note({ type: 'checkpoint', step: at, worker });
+    this.publish({ type: 'checkpoint', step: at, directory, atMs: this.atMs });
+    this.decide();
+  }
+
+  /** Between two activities, when no job rests on them: deletes old checkpoints, and the reduced gradients that the newest covers. */
+  private tidy(): void {
+    const state = this.state;
+    const old = checkpointsToDelete(state.settings.spec, state.checkpoints);
+    if (old.length > 0) {
+      state.checkpoints = state.checkpoints.filter((each) => !old.includes(each));
+      this.effects.push({ type: 'deleteCheckpoints', directories: old.map(({ directory }) => directory) });
+    }
+    const newest = state.checkpoints.at(-1)?.step ?? 0;
+    if (newest <= state.trimmedThrough) return;
+    this.effects.push({ type: 'trim', from: state.trimmedThrough, through: newest });
+    state.trimmedThrough = newest;
+  }
+
+  /**
+   * A checkpoint was not written to its end. What else is under way is not disturbed; the version is kept by the checkpoint of the
+   * next boundary, or at once if the run still stands where this one was due.
+   */
+  private savingFailed(saving: Saving, error: ErrorRecord): void {
+    const { settings } = this.state;
+    this.state.saving = null;
+    this.fault(`checkpoint of step ${saving.step} (${saving.job.id})`, error);
+    this.effects.push({ type: 'remove', jobs: [saving.job] });
+    if (isFatal(error)) return this.fail(error);
+    if (error.code === 'DISK_FULL') return this.pauseOnFullDisk();
+    const failures = ++this.state.saveFailures;
+    if (failures > settings.maxReplans) return this.fail({ ...error, message: `${failures} checkpoints in a row failed; the last failure: ${error.message}` });
+    if (failures > 1) this.state.saveNotBeforeMs = this.atMs + backoff(settings, failures);
   }
 
   private evalCompleted(activity: Of<'eval'>, result: Result<'eval'>): void {
@@ -327,23 +370,29 @@ class Machine {
         const holder = this.holderOf(result.worker);
         state.excluded = [...state.excluded, `${holder.id}/${holder.incarnation}`];
         if (state.home?.id === holder.id) state.home = null;
+        if (state.saving?.holder.id === holder.id) state.saving = { ...state.saving, unwanted: true };
       }
     }
     if (most !== null) return this.decide();
+    if (state.saving !== null) state.saving = { ...state.saving, unwanted: true };
     this.distrustLog();
     this.replan({ code: 'REPLICA_DIVERGED', message: 'replicas differ and no majority says which is right', context: {} });
   }
 
   private hearFailed(id: string, error: ErrorRecord): void {
-    const { activity, phase } = this.state;
-    if (!this.activityJobs().some((job) => job.id === id)) return;
+    const { activity, phase, saving } = this.state;
+    if (saving?.job.id === id) {
+      this.savingFailed(saving, error);
+      return this.over() ? undefined : this.decide();
+    }
+    if (!jobsOf(this.state.activity).some((job) => job.id === id)) return;
     if (phase === 'pausing' && error.code === 'CANCELLED') {
       this.leaveUnfinished();
       this.idle();
       this.raiseEpoch();
       return this.decide();
     }
-    this.fault(`${this.activityName()} (${id})`, error, this.activityJobs().find((job) => job.id === id)!.worker);
+    this.fault(`${nameOf(this.state)} (${id})`, error, jobsOf(this.state.activity).find((job) => job.id === id)!.worker);
     if (this.blamesOwnCheckpoint(error)) {
       this.giveUp();
       this.state.home = null;
@@ -353,9 +402,10 @@ class Machine {
     }
     if (error.code === 'DISK_FULL' && activity?.kind === 'checkpoint') {
       this.giveUp();
-      return this.pauseOnFullDisk();
+      this.pauseOnFullDisk();
+      return this.decide();
     }
-    if (error.code === 'BUG' || (ERROR_KINDS[error.code].recovery === 'never' && error.code !== 'CANCELLED')) return this.fail(error);
+    if (isFatal(error)) return this.fail(error);
     if (error.code === 'GRADIENT_LOST' && ++this.state.losses > 1) this.distrustLog();
     this.replan(error);
   }
@@ -369,9 +419,14 @@ class Machine {
   }
 
   private hearMissing(id: string): void {
-    if (!this.activityJobs().some((job) => job.id === id)) return;
+    const { saving } = this.state;
     const error: ErrorRecord = { code: 'TIMEOUT', message: `${id} is no longer in Redis; it is planned anew`, context: {} };
-    this.fault(this.activityName(), error);
+    if (saving?.job.id === id) {
+      this.savingFailed(saving, error);
+      return this.over() ? undefined : this.decide();
+    }
+    if (!jobsOf(this.state.activity).some((job) => job.id === id)) return;
+    this.fault(nameOf(this.state), error);
     this.replan(error);
   }
 
@@ -418,15 +473,19 @@ class Machine {
     const state = this.state;
     if (!state.ready) return;
     const silentMs = this.atMs - state.lastNewsMs;
-    const jobs = this.activityJobs();
+    const jobs = jobsOf(this.state.activity);
     if (jobs.length > 0 && silentMs >= state.settings.lookupMs) this.effects.push({ type: 'lookup', jobs });
+    if (state.saving !== null && this.atMs - state.saving.checkedAtMs >= state.settings.lookupMs) {
+      state.saving = { ...state.saving, checkedAtMs: this.atMs };
+      this.effects.push({ type: 'lookup', jobs: [state.saving.job] });
+    }
     if (state.phase === 'running' && silentMs >= state.settings.jobTimeoutMs && !state.silenceRecorded) {
       state.silenceRecorded = true;
       const seconds = Math.round(silentMs / 1000);
       const waiting = state.activity === null && state.way?.workers.length === 0;
-      this.fault(waiting ? 'no worker' : this.activityName(), waiting
+      this.fault(waiting ? 'no worker' : nameOf(this.state), waiting
         ? { code: 'NO_WORKER', message: `${state.way!.reason}, for ${seconds} s; the run goes on when one comes`, context: {} }
-        : { code: 'TIMEOUT', message: `nothing was heard of ${this.activityName()} for ${seconds} s; the run waits on`, context: {} });
+        : { code: 'TIMEOUT', message: `nothing was heard of ${nameOf(this.state)} for ${seconds} s; the run waits on`, context: {} });
     }
     this.decide();
   }
@@ -436,14 +495,18 @@ class Machine {
    * not ended and cannot be taken up is given up: a flow, since nobody knows which of its workers still live (what it published
    * is found again), a comparison of digests, and what does not fit the version.
    */
-  private adopt({ job, data, processedAtMs, finished, related }: Extract<MachineEvent, { type: 'adopt' }>): void {
+  private adopt({ job, data, processedAtMs, finished, progress, related }: Extract<MachineEvent, { type: 'adopt' }>): void {
     const { state } = this;
     const parts = parseJobId(job.id);
-    if (parts === null || parts.epoch !== state.epoch || parts.run !== state.settings.run || parts.name === 'shard') return;
+    if (parts === null || parts.run !== state.settings.run || parts.name === 'shard') return;
     // A worker that started after the job was taken is not the one that took it.
     const view = state.workers.find((worker) => worker.id === job.worker);
     const gone = view === undefined || (processedAtMs !== null && view.startedAtMs > processedAtMs);
-    const activity = this.adoptable(parts.name, job, data, { id: job.worker ?? '', incarnation: gone ? '' : view.incarnation }, related);
+    const holder = { id: job.worker ?? '', incarnation: gone ? '' : view.incarnation };
+    if (parts.name === 'checkpoint') state.saves = Math.max(state.saves, parts.part + 1);
+    if (parts.name === 'checkpoint' && !finished && results.checkpointProgress.safeParse(progress).success) return this.adoptSaving(job, data, holder);
+    if (parts.epoch !== state.epoch) return;
+    const activity = adoptable(state, parts.name, job, data, holder, related);
     if (activity !== null && (finished || activity.kind !== 'flow')) {
       state.activity = activity;
       if (activity.kind === 'steps') state.version = activity.fromStep;
@@ -453,37 +516,23 @@ class Machine {
     }
   }
 
-  /** The activity that a job found in Redis is, if the run as it stands could have it. */
-  private adoptable(name: NewJob['name'], job: JobAddress, data: unknown, holder: Holder, related: readonly JobAddress[]): Activity | null {
-    const { step: counted, version, checkpoints, lastEvalStep } = this.state;
-    switch (name) {
-      case 'steps': {
-        const { fromStep, stepCount } = parseMessage('steps', data);
-        return fromStep <= counted && fromStep + stepCount >= counted ? { kind: 'steps', job, holder, fromStep, stepCount } : null;
-      }
-      case 'reduce': {
-        const { step: at } = parseMessage('reduce', data);
-        return at === version + 1 ? { kind: 'flow', step: at, parent: job, children: related, holders: [] } : null;
-      }
-      case 'checkpoint': {
-        const { step: at, directory } = parseMessage('checkpoint', data);
-        return at === version && at > (checkpoints.at(-1)?.step ?? 0) ? { kind: 'checkpoint', job, holder, step: at, directory } : null;
-      }
-      case 'eval': {
-        const { replica } = parseMessage('eval', data);
-        return replica?.step === version && version > lastEvalStep ? { kind: 'eval', job, holder, step: version } : null;
-      }
-      case 'shard': case 'digest': return null;
-    }
+  /** A checkpoint that was copied goes on whatever its epoch. One that the run knows as complete, or not as its own, is left to end. */
+  private adoptSaving(job: JobAddress, data: unknown, holder: Holder): void {
+    const { step: at, directory } = parseMessage('checkpoint', data);
+    const { saving, checkpoints, step: counted } = this.state;
+    if (at > counted || at <= Math.max(checkpoints.at(-1)?.step ?? 0, saving?.step ?? 0)) return;
+    this.state.saving = { job, holder, step: at, directory, unwanted: false, checkedAtMs: this.atMs };
   }
 
   // --- What is decided ----------------------------------------------------------------------------------------------
 
   private decide(): void {
     const state = this.state;
-    if (!state.ready || state.activity !== null || this.atMs < state.notBeforeMs) return;
+    if (this.over() || !state.ready || state.activity !== null || this.atMs < state.notBeforeMs) return;
+    this.tidy();
     if (state.phase === 'pausing') return this.decidePausing();
     if (state.phase !== 'running') return;
+    this.catchUp();
     if (state.ending !== null) return this.decideEnding(state.ending);
     const way = this.wanted();
     this.setWay(way);
@@ -496,19 +545,44 @@ class Machine {
       return;
     }
     this.release(way.workers);
-    const { spec, logSteps } = state.settings;
+    const { spec } = state.settings;
     const { version } = state;
-    const newest = state.checkpoints.at(-1)?.step ?? 0;
     const at = this.holderOf(state.home !== null && way.workers.includes(state.home.id) ? state.home.id : way.workers[0]!);
-    const overflow = way.exchange === 'redis' && version - newest >= logSteps;
-    if (version > newest && (checkpointDue(spec, version) || overflow)) return this.addCheckpoint(at);
+    if (!this.mayGoOn(way, at)) return;
     if (evalDue(spec, version) && version > state.lastEvalStep) return this.addEval(at);
     if (way.exchange === 'redis' && comparisonDue(spec, version) && version > state.lastComparisonStep && version < spec.steps) {
       return this.addDigests(way.workers.map((id) => this.holderOf(id)), false);
     }
-    if (version >= spec.steps) return this.addDigests([at], true);
+    if (version >= spec.steps) return state.saving === null ? this.addDigests([at], true) : undefined;
     if (way.exchange === 'local') this.addSteps(at);
     else this.addFlow(way);
+  }
+
+  /** A checkpoint that was written while the run had fallen back saves computing the steps up to it again. */
+  private catchUp(): void {
+    const state = this.state;
+    const newest = state.checkpoints.at(-1)?.step ?? 0;
+    if (newest <= state.version) return;
+    state.version = newest;
+    state.home = null;
+  }
+
+  /** Whether nothing is to be checkpointed before the next thing: else a checkpoint is begun, or the one being written is waited for. */
+  private mayGoOn(way: Way, at: Holder): boolean {
+    const { settings: { spec, logSteps }, version, saving, diskFull, checkpoints } = this.state;
+    const newest = checkpoints.at(-1)?.step ?? 0;
+    if (version <= newest) {
+      this.state.diskFull = false;
+      return true;
+    }
+    const written = saving !== null && saving.step === version && !saving.unwanted;
+    const logged = way.exchange === 'redis' ? version - newest : 0;
+    // Begun when some room is left, so that the steps go on in it while the files are written.
+    const overflow = logged >= logSteps - Math.floor(logSteps / 4) && (saving === null || logged >= logSteps);
+    if (written) return logged < logSteps;
+    if (!checkpointDue(spec, version) && !overflow && !diskFull) return true;
+    if (saving === null) this.addCheckpoint(at);
+    return false;
   }
 
   /** `version` can be reached by the way's workers: else a checkpoint at home is begun (false), or the run falls back. */
@@ -521,13 +595,14 @@ class Machine {
       return true;
     }
     if (way.exchange === 'local' && way.workers[0] === state.home.id) return true;
-    this.addCheckpoint(state.home);
+    if (state.saving === null) this.addCheckpoint(state.home);
     return false;
   }
 
   /** What was computed is kept if anybody has it; then the run fails. */
   private decideEnding(error: ErrorRecord): void {
-    const { home, version, sharedVersion, checkpoints, claims, workers } = this.state;
+    const { home, version, sharedVersion, checkpoints, claims, workers, saving } = this.state;
+    if (saving !== null) return;
     const other = version <= sharedVersion ? workers.find((worker) => claims.includes(worker.id)) : undefined;
     const at = home ?? other ?? null;
     if (at !== null && version > (checkpoints.at(-1)?.step ?? 0)) return this.addCheckpoint({ id: at.id, incarnation: at.incarnation });
@@ -535,15 +610,20 @@ class Machine {
   }
 
   private decidePausing(): void {
-    const { home, version, checkpoints } = this.state;
+    const { home, version, checkpoints, saving, diskFull } = this.state;
+    if (saving !== null) return;
+    // Nothing is released: the version lies nowhere but in its worker, and `resume` tries a checkpoint again there.
+    if (diskFull) return this.enter('paused');
     if (home !== null && version > (checkpoints.at(-1)?.step ?? 0)) return this.addCheckpoint(home);
     this.pauseNow();
   }
 
-  /** Nothing is released: the version lies nowhere but in its worker, and `resume` tries the checkpoint again there. */
+  /** At the step boundary: the step at hand is finished first. */
   private pauseOnFullDisk(): void {
     if (this.state.ending !== null) return this.fail(this.state.ending);
-    this.enter('paused');
+    this.state.diskFull = true;
+    if (this.state.phase === 'running') this.enter('pausing');
+    if (this.state.activity?.kind === 'steps') this.control('yield');
   }
 
   private pauseNow(): void {
@@ -590,9 +670,11 @@ class Machine {
 
   private addCheckpoint(holder: Holder): void {
     const { settings, version } = this.state;
+    if (this.atMs < this.state.saveNotBeforeMs) return;
+    this.state.diskFull = false;
     const directory = `${settings.checkpointRoot}/step-${version}`;
     this.ensureRunning();
-    const job = this.job('checkpoint', version, 0, holder.id, { ...this.origin(), step: version, directory });
+    const job = this.job('checkpoint', version, this.state.saves++, holder.id, { ...this.origin(), step: version, directory });
     this.start({ kind: 'checkpoint', job: address(job), holder, step: version, directory });
     this.effects.push({ type: 'add', job });
   }
@@ -619,7 +701,7 @@ class Machine {
 
   /** The activity at hand is void from here on: no job of this epoch has effect any more. */
   private giveUp(): void {
-    const jobs = this.activityJobs();
+    const jobs = jobsOf(this.state.activity);
     this.leaveUnfinished();
     this.idle();
     this.state.command = this.state.phase === 'running' ? 'run' : 'stop';
@@ -644,7 +726,7 @@ class Machine {
       const message = `no step succeeded in ${replans} plans in a row; the last failure: ${error.message}`;
       return this.fail({ ...error, message });
     }
-    if (replans > 1) this.state.notBeforeMs = this.atMs + Math.min(settings.backoffMaximumMs, settings.backoffMs * 2 ** Math.min(replans - 2, 20));
+    if (replans > 1) this.state.notBeforeMs = this.atMs + backoff(settings, replans);
     this.decide();
   }
 
@@ -661,7 +743,7 @@ class Machine {
   }
 
   private finish(phase: 'completed' | 'failed' | 'cancelled', error: ErrorRecord | null): void {
-    const jobs = this.activityJobs();
+    const jobs = [...jobsOf(this.state.activity), ...(this.state.saving === null ? [] : [this.state.saving.job])];
     const { shown, step } = this.state;
     const attempts = endAttempt(shown.attempts, { phase, toStep: step, atMs: this.atMs, error });
     this.state.shown = { ...shown, attempts, error, finishedAtMs: this.atMs };
@@ -669,6 +751,7 @@ class Machine {
     this.control('stop');
     if (jobs.length > 0) this.effects.push({ type: 'remove', jobs });
     this.state.activity = null;
+    this.state.saving = null;
     this.release([]);
     this.enter(phase);
     this.effects.push({ type: 'finish' });
@@ -723,6 +806,7 @@ class Machine {
     state.step = report.step;
     state.lastStepAtMs = this.atMs;
     state.replans = 0;
+    state.saveFailures = 0;
     state.losses = 0;
     state.notBeforeMs = 0;
     state.skippedInARow = report.skipped ? state.skippedInARow + 1 : 0;
@@ -741,139 +825,12 @@ class Machine {
       this.fail({ code: 'NON_FINITE', message, context: { step: report.step } });
     }
   }
-
-  private measureCompute(value: number): void {
-    if (!(value > 0)) return;
-    const { shardComputeMs } = this.state.measurements;
-    this.state.measurements = { ...this.state.measurements, shardComputeMs: shardComputeMs === null ? value : shardComputeMs + SMOOTHING * (value - shardComputeMs) };
-  }
-
-  private measureExchange(bytes: number, milliseconds: number): void {
-    if (!(bytes > 0 && milliseconds > 0)) return;
-    const { exchangeBytesPerMs } = this.state.measurements;
-    const value = bytes / milliseconds;
-    this.state.measurements = { ...this.state.measurements, exchangeBytesPerMs: exchangeBytesPerMs === null ? value : exchangeBytesPerMs + SMOOTHING * (value - exchangeBytesPerMs) };
-  }
-
-  private origin(): { run: string; epoch: number; checkpoint: RunState['checkpoints'][number] | null; spec: RunState['settings']['spec'] } {
-    const { settings, epoch, checkpoints, version } = this.state;
-    return { run: settings.run, epoch, checkpoint: checkpoints.filter((each) => each.step <= version).at(-1) ?? null, spec: settings.spec };
-  }
-
-  private job(name: NewJob['name'], at: number, part: number, worker: string | null, data: object): NewJob {
-    const { settings, epoch } = this.state;
-    return { queue: name === 'eval' ? 'eval' : 'train', worker, id: jobId(settings.run, epoch, name, at, part), name, data, priority: settings.spec.priority };
-  }
-
-  private start(activity: Of<'steps' | 'flow' | 'checkpoint' | 'eval' | 'digest'>): void {
-    this.state.activity = activity;
-    const { version } = this.state;
-    const through = activity.kind === 'steps' ? version + activity.stepCount : activity.step;
-    this.note({ type: 'job', kind: activity.kind, from: version, through, workers: this.holders().map(({ id }) => id) });
-    this.state.lastNewsMs = this.atMs;
-    this.state.silenceRecorded = false;
-  }
-
-  private idle(): void {
-    this.state.activity = null;
-    this.state.lastNewsMs = this.atMs;
-  }
-
-  private ensureRunning(): void {
-    if (this.state.command !== 'run') this.control('run');
-  }
-
-  /** From here on no job of an earlier epoch has effect. Ids of jobs differ too, so what is done again is not taken for done. */
-  private raiseEpoch(): void {
-    this.state.epoch++;
-    this.control(this.state.command);
-    this.note({ type: 'epoch' });
-  }
-
-  private control(command: RunState['command']): void {
-    this.state.command = command;
-    this.effects.push({ type: 'control', control: { epoch: this.state.epoch, command } });
-  }
-
-  private release(kept: readonly string[]): void {
-    const gone = this.state.claims.filter((id) => !kept.includes(id));
-    if (gone.length === 0) return;
-    this.state.claims = this.state.claims.filter((id) => kept.includes(id));
-    this.effects.push({ type: 'release', workers: gone });
-  }
-
-  private enter(phase: RunPhase): void {
-    this.state.phase = phase;
-    this.note({ type: 'phase', phase, weightsDigest: this.state.shown.weightsDigest });
-    this.publish({ type: 'phase', phase, atMs: this.atMs });
-  }
-
-  /** A line of the history. What it tells of comes before it, so that a crash in between leaves a gap and never a claim. */
-  private note(entry: HistoryEntry): void {
-    this.effects.push({ type: 'history', event: { atMs: this.atMs, epoch: this.state.epoch, ...entry } });
-  }
-
-  private publish(event: RunEvent): void {
-    this.effects.push({ type: 'publish', event });
-  }
-
-  /** `by`: the worker that had the job, if the error itself names none. */
-  private fault(what: string, error: ErrorRecord, by: string | null = null): void {
-    const { shown } = this.state;
-    const named = error.context['worker'];
-    const fault: RunFault = { atMs: this.atMs, what, worker: typeof named === 'string' ? named : by, error };
-    const faultCounts = { ...shown.faultCounts, [error.code]: (shown.faultCounts[error.code] ?? 0) + 1 };
-    this.state.shown = { ...shown, faultCounts, faults: [...shown.faults, fault].slice(-FAULTS_KEPT) };
-    this.note({ type: 'fault', what, code: error.code });
-    this.publish({ type: 'fault', ...fault });
-  }
-
-  private over(): boolean {
-    return TERMINAL_PHASES.includes(this.state.phase);
-  }
-
-  private lives(holder: Holder): boolean {
-    return this.state.workers.some((worker) => worker.id === holder.id && worker.incarnation === holder.incarnation);
-  }
-
-  private holderOf(id: string): Holder {
-    return { id, incarnation: this.state.workers.find((worker) => worker.id === id)?.incarnation ?? '' };
-  }
-
-  private holders(): readonly Holder[] {
-    const { activity } = this.state;
-    switch (activity?.kind) {
-      case 'steps': case 'checkpoint': case 'eval': return [activity.holder];
-      case 'flow': return activity.holders;
-      case 'digest': return activity.jobs.map((job) => job.holder);
-      case 'claim': case 'findCheckpoints': case undefined: return [];
-    }
-  }
-
-  private activityJobs(): readonly JobAddress[] {
-    const { activity } = this.state;
-    switch (activity?.kind) {
-      case 'steps': case 'checkpoint': case 'eval': return [activity.job];
-      case 'flow': return [activity.parent, ...activity.children];
-      case 'digest': return activity.jobs;
-      case 'claim': case 'findCheckpoints': case undefined: return [];
-    }
-  }
-
-  private activityName(): string {
-    const { activity } = this.state;
-    switch (activity?.kind) {
-      case 'steps': return `steps ${activity.fromStep + 1} to ${activity.fromStep + activity.stepCount}`;
-      case 'flow': return `step ${activity.step}`;
-      case 'checkpoint': return `checkpoint of step ${activity.step}`;
-      case 'eval': return `eval of step ${activity.step}`;
-      case 'digest': return `digest of step ${activity.step}`;
-      case 'claim': return 'the claim of workers';
-      case 'findCheckpoints': return 'the search for a good checkpoint';
-      case undefined: return 'the run';
-    }
-  }
 }
 
 const alone = (worker: string): StepSource => ({ way: 'local', worker, digest: null, shards: null });
+/** Pause before the next attempt, after `failures` (2 or more) in a row. */
+const backoff = ({ backoffMs, backoffMaximumMs }: RunState['settings'], failures: number): number => Math.min(backoffMaximumMs, backoffMs * 2 ** Math.min(failures - 2, 20));
+/** Whether no attempt cures it. */
+const isFatal = ({ code }: ErrorRecord): boolean => code === 'BUG' || (ERROR_KINDS[code].recovery === 'never' && code !== 'CANCELLED');
+const lost = ({ id }: Holder): ErrorRecord => ({ code: 'WORKER_LOST', message: `worker ${id} ended while it held a job of this run`, context: { worker: id } });
 const address = ({ queue, worker, id }: NewJob): JobAddress => ({ queue, worker, id });

@@ -92,6 +92,22 @@ export type Activity =
 /** How the report of a step came about: the part of its history that the report does not hold. */
 export type StepSource = Pick<Extract<HistoryEntry, { type: 'step' }>, 'way' | 'worker' | 'digest' | 'shards'>;
 
+/**
+ * A checkpoint whose state is copied and whose files are being written by its worker, beside the activity. Its bits are those of
+ * the version whatever happens to the run meanwhile, so no replan and no epoch voids it: it ends with its result, its failure or
+ * its worker. Nothing rests on it before it is complete. At most one at a time.
+ */
+export interface Saving {
+  readonly job: JobAddress;
+  readonly holder: Holder;
+  readonly step: number;
+  readonly directory: string;
+  /** Its replica turned out to be wrong: it is deleted when it is complete. */
+  readonly unwanted: boolean;
+  /** When it was last heard of, or looked up. */
+  readonly checkedAtMs: number;
+}
+
 export interface RunState {
   readonly settings: RunSettings;
   /** False until recovery has told everything; nothing is decided before. */
@@ -113,6 +129,17 @@ export interface RunState {
   /** Reduced gradients up to here were deleted from the exchange. */
   readonly trimmedThrough: number;
   readonly activity: Activity | null;
+  readonly saving: Saving | null;
+  /**
+   * Checkpoints begun, the last part of their jobs' ids: one that failed in the background is tried again in the same epoch, while
+   * the old job may still lie in Redis under the lock of a worker that died.
+   */
+  readonly saves: number;
+  /** Checkpoints that failed since the last complete one or the last new step, and when the next may be begun. */
+  readonly saveFailures: number;
+  readonly saveNotBeforeMs: number;
+  /** A checkpoint met a full disk: the run pauses at the step boundary, and whoever resumes it asks for a checkpoint at once. */
+  readonly diskFull: boolean;
   /** Reports that came before those of earlier steps. */
   readonly early: ReadonlyMap<number, { readonly report: StepReport; readonly source: StepSource }>;
   /** Digest of each shard's gradient, for the last few steps: step -> shard -> digest and who computed it. */
@@ -165,12 +192,17 @@ export interface RunState {
 export type MachineEvent = { readonly atMs: number } & (
   | { readonly type: 'workers'; readonly workers: readonly WorkerView[]; readonly share?: Share }
   | {
-      /** Recovery found this job of the current epoch; its end, if it is finished, follows as an event of its own. */
+      /**
+       * Recovery found this job of the current epoch, or this checkpoint of any; its end, if it is finished, follows as an event of
+       * its own.
+       */
       readonly type: 'adopt';
       readonly job: JobAddress;
       readonly data: unknown;
       readonly processedAtMs: number | null;
       readonly finished: boolean;
+      /** The last progress that the job reported, as far as Redis knows; null: none. */
+      readonly progress: unknown;
       /** The shards of a reduce job. */
       readonly related: readonly JobAddress[];
     }
@@ -270,6 +302,11 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
     checkpoints,
     trimmedThrough: newest,
     activity: null,
+    saving: null,
+    saves: 0,
+    saveFailures: 0,
+    saveNotBeforeMs: 0,
+    diskFull: false,
     early: new Map(),
     digests: new Map(),
     workers: [],

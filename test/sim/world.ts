@@ -46,7 +46,11 @@ interface SimWorker {
   hidden: boolean;
   startedAtMs: number;
   replica: { step: number; state: number } | null;
+  /** The job on its compute thread, and the checkpoint whose files it writes beside it. */
   job: string | null;
+  saving: string | null;
+  /** Whether it has the memory to copy a checkpoint's state. */
+  copies: boolean;
   lastExit: ExitRecord | null;
 }
 
@@ -57,9 +61,11 @@ interface SimJob extends NewJob {
   result: unknown;
   error: ErrorRecord | null;
   readonly progress: unknown[];
+  copied: boolean;
   readonly parent: string | null;
 }
 
+const hasEnded = ({ state }: SimJob): boolean => state === 'completed' || state === 'failed';
 const keyOf = ({ worker, id }: JobAddress): string => `${worker ?? ''}/${id}`;
 
 interface SimOrigin {
@@ -88,17 +94,24 @@ export interface Faults {
   readonly hide: number;
   readonly loseGradient: number;
   readonly damageCheckpoint: number;
+  readonly diskFull: number;
+  /** Longest time to write a checkpoint's files. */
+  readonly slowestDiskMs: number;
   readonly wishes: boolean;
   readonly cancel: boolean;
 }
 
-export const CALM: Faults = { drop: 0, double: 0, slowest: 5, crash: 0, orchestratorCrash: 0, hide: 0, loseGradient: 0, damageCheckpoint: 0, wishes: false, cancel: false };
+export const CALM: Faults = {
+  drop: 0, double: 0, slowest: 5, crash: 0, orchestratorCrash: 0, hide: 0, loseGradient: 0, damageCheckpoint: 0, diskFull: 0, slowestDiskMs: 200,
+  wishes: false, cancel: false,
+};
 
 export function chooseFaults(random: () => number): Faults {
   const some = (most: number): number => (random() < 0.5 ? 0 : random() * most);
   return {
     drop: some(0.2), double: some(0.3), slowest: random() < 0.5 ? 10 : 400, crash: some(0.06), orchestratorCrash: some(0.02), hide: some(0.04),
-    loseGradient: some(0.02), damageCheckpoint: some(0.2), wishes: random() < 0.3, cancel: random() < 0.05,
+    loseGradient: some(0.02), damageCheckpoint: some(0.2),
+    diskFull: random() < 0.2 ? random() * 0.5 : 0, slowestDiskMs: random() < 0.5 ? 40 : 2_000, wishes: random() < 0.3, cancel: random() < 0.05,
   };
 }
 
@@ -137,7 +150,8 @@ export class World {
   #lastEval = -1;
   #state: RunState | null = null;
   #generation = 0;
-  #wish: 'pause' | 'resume' | 'cancel' | null = null;
+  /** Each is another object, so that the same wish twice is two wishes. */
+  #wish: { readonly wish: 'pause' | 'resume' | 'cancel' } | null = null;
   readonly log: string[] = [];
   finished: RunRecord | null = null;
   /** When something last went wrong, changed, or was put right. */
@@ -244,10 +258,10 @@ export class World {
     if (this.#chance(loseGradient / 4)) this.#lose(this.#sums);
     if (this.#chance(0.02)) this.#otherRun();
     if (wishes && this.#chance(0.03)) {
-      this.#wish = 'pause';
-      this.#at(this.#pick(2_000), () => void (this.#wish = 'resume'));
+      this.#wish = { wish: 'pause' };
+      this.#at(this.#pick(2_000), () => void (this.#wish = { wish: 'resume' }));
     }
-    if (cancel && this.#chance(0.02)) this.#wish = 'cancel';
+    if (cancel && this.#chance(0.02)) this.#wish = { wish: 'cancel' };
     this.#at(50, () => this.#meddle());
   }
 
@@ -266,7 +280,7 @@ export class World {
   }
 
   #join(id: string): SimWorker {
-    const worker = { id, incarnation: 0, alive: true, hidden: false, startedAtMs: this.now, replica: null, job: null, lastExit: null };
+    const worker = { id, incarnation: 0, alive: true, hidden: false, startedAtMs: this.now, replica: null, job: null, saving: null, copies: this.#random() < 0.8, lastExit: null };
     this.workers.push(worker);
     return worker;
   }
@@ -275,12 +289,13 @@ export class World {
     this.#note(`${worker.id} crashes`);
     this.#disturb();
     worker.alive = false;
-    const held = worker.job === null ? undefined : this.#jobs.get(worker.job);
+    const held = [worker.job, worker.saving].flatMap((key) => (key === null ? [] : (this.#jobs.get(key) ?? [])));
+    worker.lastExit = { job: held[0]?.id ?? null, code: null, signal: 'SIGKILL', error: null, atMs: this.now };
     worker.job = null;
-    worker.lastExit = { job: held?.id ?? null, code: null, signal: 'SIGKILL', error: null, atMs: this.now };
-    if (held !== undefined) {
+    worker.saving = null;
+    for (const job of held) {
       this.#at(STALL_MS, () => {
-        if (held.state === 'active') held.state = 'waiting';
+        if (job.state === 'active') job.state = 'waiting';
       });
     }
     this.#at(50 + this.#random() ** 3 * 4_000, () => {
@@ -309,6 +324,7 @@ export class World {
       if (!worker.alive || worker.job !== null) continue;
       for (const job of this.#jobs.values()) {
         if (job.state !== 'waiting' || (job.worker !== null && job.worker !== worker.id) || !this.#ripe(job)) continue;
+        if (job.name === 'checkpoint' && worker.saving !== null) continue;
         job.state = 'active';
         job.processedAtMs = this.now;
         worker.job = keyOf(job);
@@ -325,18 +341,22 @@ export class World {
 
   #begin(worker: SimWorker, job: SimJob): void {
     const { incarnation } = worker;
+    const key = keyOf(job);
     const present = (act: () => void) => (): void => {
-      if (worker.alive && worker.incarnation === incarnation && worker.job === keyOf(job)) act();
+      if (worker.alive && worker.incarnation === incarnation && worker.job === key) act();
+    };
+    const leave = (): void => {
+      if (worker.job === key) worker.job = null;
     };
     const end = (result: unknown): void => {
-      worker.job = null;
+      leave();
       if (job.state !== 'active') return;
       job.state = 'completed';
       job.result = result;
       this.#send({ type: 'completed', id: job.id, result });
     };
     const fail = (error: ErrorRecord): void => {
-      worker.job = null;
+      leave();
       if (job.state !== 'active') return;
       if (error.code === 'GRADIENT_LOST' && ++job.attempts < 3) {
         job.state = 'waiting';
@@ -394,17 +414,17 @@ export class World {
         return atVersion(data.fromStep, 0, loop);
       }
       case 'shard': {
-        const key = `${data.step}:${data.shard}`;
+        const name = `${data.step}:${data.shard}`;
         const result = (digest: string): unknown => ({
-          worker: worker.id, epoch: data.epoch, step: data.step, shard: data.shard, lossSum: 1, auxLossSum: [1], expertLoad: [[1]], targetTokens: 1, digest, key, bytes: 10, timings,
+          worker: worker.id, epoch: data.epoch, step: data.step, shard: data.shard, lossSum: 1, auxLossSum: [1], expertLoad: [[1]], targetTokens: 1, digest, key: name, bytes: 10, timings,
         });
-        const there = this.#shards.get(key);
+        const there = this.#shards.get(name);
         if (there !== undefined) return this.#at(1, present(() => end(result(there.digest))));
         return atVersion(data.step - 1, STEP_MS / 2 + this.#pick(STEP_MS), (state) => {
           const digest = hex(state, data.shard);
           // Between the look at the control and the publication time passes: a late one still publishes the same bits.
           if (cancelled() && this.#random() < 0.7) return fail({ code: 'CANCELLED', message: 'old epoch', context: {} });
-          this.#shards.set(key, { digest, from: state, worker: worker.id, epoch: data.epoch });
+          this.#shards.set(name, { digest, from: state, worker: worker.id, epoch: data.epoch });
           end(result(digest));
         });
       }
@@ -424,12 +444,27 @@ export class World {
           end({ worker: worker.id, epoch: data.epoch, digest: hex(state, 99), key: `sum:${data.step}`, bytes: 10, report: this.#report(data.step, state), timings, shards });
         });
       case 'checkpoint':
-        return atVersion(data.step, 10 + this.#pick(30), (state) => {
+        return atVersion(data.step, 10, (state) => {
           assert.equal(state, chainAt(data.step));
-          this.#checkpoints = [...this.#checkpoints.filter((each) => each.step !== data.step), { directory: data.directory, step: data.step }].sort((a, b) => a.step - b.step);
-          this.#damaged.delete(data.directory);
-          if (this.#chance(this.#faults.damageCheckpoint)) this.#damaged.add(data.directory);
-          end({ worker: worker.id, epoch: data.epoch, step: data.step, directory: data.directory, bytes: 1, milliseconds: 1 });
+          const written = (finish: typeof end): void => {
+            if (this.#chance(this.#faults.diskFull)) return fail({ code: 'DISK_FULL', message: 'disk full', context: {} });
+            this.#checkpoints = [...this.#checkpoints.filter((each) => each.step !== data.step), { directory: data.directory, step: data.step }].sort((a, b) => a.step - b.step);
+            this.#damaged.delete(data.directory);
+            if (this.#chance(this.#faults.damageCheckpoint)) this.#damaged.add(data.directory);
+            finish({ worker: worker.id, epoch: data.epoch, step: data.step, directory: data.directory, bytes: 1, milliseconds: 1 });
+          };
+          const milliseconds = this.#random() ** 2 * this.#faults.slowestDiskMs;
+          if (!worker.copies) return this.#at(milliseconds, present(() => written(end)));
+          // Copied: it goes on to its end whatever the control says, unless the run is over.
+          worker.job = null;
+          worker.saving = key;
+          job.copied = true;
+          this.#send({ type: 'progress', id: job.id, data: { worker: worker.id, epoch: data.epoch, step: data.step, copied: true } });
+          this.#at(milliseconds, () => {
+            if (!worker.alive || worker.incarnation !== incarnation || worker.saving !== key) return;
+            worker.saving = null;
+            written(end);
+          });
         });
       case 'eval':
         return atVersion(data.replica!.step, 5, (state) => {
@@ -491,23 +526,30 @@ export class World {
   }
 
   #adopt(): void {
-    const jobs = [...this.#jobs.values()].filter((job) => parseJobId(job.id)!.epoch === this.#state?.epoch).sort((a, b) => parseJobId(a.id)!.step - parseJobId(b.id)!.step);
-    for (const { queue, worker, id, name, data, processedAtMs, state, progress, result, error } of jobs) {
+    const wanted = (job: SimJob): boolean => parseJobId(job.id)!.epoch === this.#state?.epoch || (job.name === 'checkpoint' && !hasEnded(job));
+    const jobs = [...this.#jobs.values()].filter(wanted).sort((a, b) => parseJobId(a.id)!.step - parseJobId(b.id)!.step);
+    for (const job of jobs) {
+      const { queue, worker, id, name, data, processedAtMs, state, progress, result, error } = job;
       if (this.#state === null) return;
       const related = jobs.filter((job) => job.parent === id).map((job): JobAddress => ({ queue: job.queue, worker: job.worker, id: job.id }));
-      this.#hear({ type: 'adopt', job: { queue, worker, id }, data, processedAtMs, finished: state === 'completed' || state === 'failed', related });
+      this.#hear({ type: 'adopt', job: { queue, worker, id }, data, processedAtMs, finished: hasEnded(job), progress: this.#progressOf(job), related });
       if (name === 'steps') for (const each of progress) this.#hear({ type: 'progress', id, data: each });
       if (state === 'completed') this.#hear({ type: 'completed', id, result });
       if (state === 'failed') this.#hear({ type: 'failed', id, error: error! });
     }
   }
 
+  #progressOf({ name, data, copied, progress }: SimJob): unknown {
+    const { epoch, step } = data as AnyMessage;
+    return name === 'checkpoint' ? (copied ? { worker: 'w', epoch, step, copied } : null) : (progress.at(-1) ?? null);
+  }
+
   /** The orchestrator's timer: workers, wishes, clock. */
-  #look(generation: number, before: string | null): void {
+  #look(generation: number, before: { readonly wish: string } | null): void {
     if (this.#state === null || generation !== this.#generation) return;
     this.#hear({ type: 'workers', workers: this.#views() });
     const wish = this.#wish;
-    if (wish !== null && wish !== before) this.#hear({ type: 'wish', wish });
+    if (wish !== null && wish !== before) this.#hear({ type: 'wish', wish: wish.wish });
     this.#hear({ type: 'tick' });
     if (this.finished === null) this.#checkRecovery();
     if (this.#state !== null) this.#at(100, () => this.#look(generation, wish));
@@ -534,7 +576,13 @@ export class World {
     assert(after.epoch >= before.epoch, 'the epoch never falls');
     assert(after.sharedVersion <= after.step, 'what is shared was counted');
     assert(after.activity !== null || after.early.size === 0 || TERMINAL_PHASES.includes(after.phase), 'no report waits for an activity that is over');
-    for (const checkpoint of after.checkpoints) assert(checkpoint.step <= after.step, 'no checkpoint is ahead of the count');
+    for (const { step, directory } of after.checkpoints) {
+      assert(step <= after.step, 'no checkpoint is ahead of the count');
+      assert(this.#checkpoints.some((each) => each.step === step && each.directory === directory), `checkpoint ${step} is listed, but not complete`);
+    }
+    const complete = Math.max(0, ...this.#checkpoints.map(({ step }) => step));
+    assert(after.sharedVersion <= Math.max(before.sharedVersion + 1, complete), `version ${after.sharedVersion} is taken for reachable`);
+    if (TERMINAL_PHASES.includes(after.phase) || (after.phase === 'paused' && before.phase !== 'paused')) assert(after.saving === null, 'nothing is written any more');
   }
 
   #perform(effect: Effect): void {
@@ -591,7 +639,11 @@ export class World {
         if (effect.event.type === 'fault') {
           this.#note(`fault ${effect.event.what}: ${effect.event.error.code} ${effect.event.error.message}`);
           assert.notEqual(effect.event.error.code, 'REPLICA_DIVERGED', effect.event.error.message);
-        } else if (effect.event.type === 'phase') this.#note(`phase ${effect.event.phase}`);
+        } else if (effect.event.type === 'phase') {
+          this.#note(`phase ${effect.event.phase}`);
+          // Somebody makes room.
+          if (effect.event.phase === 'paused' && this.#state!.diskFull) this.#at(this.#pick(2_000), () => void (this.#wish = { wish: 'resume' }));
+        }
         return;
       case 'finish':
         this.finished = recordOf(this.#state!);
@@ -604,7 +656,7 @@ export class World {
     assert.equal(this.#control!.command, 'run', 'no job is added under a control that stops it');
     if (job.worker !== null) assert.equal(this.#claims.get(job.worker), 'sim.1', `${job.id} goes to a worker that this run holds`);
     if (this.#jobs.has(keyOf(job))) return;
-    this.#jobs.set(keyOf(job), { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], parent });
+    this.#jobs.set(keyOf(job), { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], copied: false, parent });
   }
 
   #lookUp(address: JobAddress): void {

@@ -31,8 +31,8 @@ class Table {
   workers: WorkerView[];
   now = 0;
 
-  /** With a `control`, as recovery finds it: the caller tells the rest, and `ready`. */
-  constructor(spec: Partial<RunSpecInput>, workers: string[], settings: Partial<RunSettings> = {}, control: Control | null = null) {
+  /** With a `control`, as recovery finds it after `counted` steps: the caller tells the rest, and `ready`. */
+  constructor(spec: Partial<RunSpecInput>, workers: string[], settings: Partial<RunSettings> = {}, control: Control | null = null, counted = 0) {
     const batch = { shards: 2, sequences: 1, sequenceLength: 4 };
     const checked = parseRunSpec({ name: 'r', model: 'tiny', data: { train: 't' }, steps: 9, batch, parallelism: workers.length, ...spec });
     this.workers = workers.map((id) => worker(id));
@@ -41,7 +41,10 @@ class Table {
         run: 'r', spec: checked, checkpointRoot: 'c', logSteps: 100, maxReplans: 3, stepsPerJob: 100, lookupMs: 300, jobTimeoutMs: 2_000,
         backoffMs: 10, backoffMaximumMs: 10, ...settings,
       },
-      { record: queuedRecord('r', checked, 0), control, counted: null, faults: null, checkpoints: [], logThrough: 0 },
+      {
+        record: { ...queuedRecord('r', checked, 0), phase: control === null ? 'queued' : 'running' }, control,
+        counted: counted === 0 ? null : { step: counted, lastReport: report(counted), skippedInARow: 0, lastEvalStep: -1 }, faults: null, checkpoints: [], logThrough: 0,
+      },
     );
     if (control !== null) return;
     this.tell({ type: 'workers', workers: this.workers });
@@ -112,11 +115,177 @@ class Table {
     return this.tell({ type: 'completed', id, result: { worker: by, epoch, fromStep, stepsDone: done, reports, timings } });
   }
 
+  /** Of the newest checkpoint, unless `job` is named. */
+  copied(job = this.last('checkpoint')): this {
+    const { epoch, step: at } = job.data as { epoch: number; step: number };
+    return this.tell({ type: 'progress', id: job.id, data: { worker: job.worker!, epoch, step: at, copied: true } });
+  }
+
+  saved(job = this.last('checkpoint')): this {
+    const { epoch, step: at, directory } = job.data as { epoch: number; step: number; directory: string };
+    return this.tell({ type: 'completed', id: job.id, result: { worker: job.worker!, epoch, step: at, directory, bytes: 1, milliseconds: 1 } });
+  }
+
   completeDigest(job: NewJob, digest: string): this {
     const { epoch, step: at } = job.data as { epoch: number; step: number };
     return this.tell({ type: 'completed', id: job.id, result: { worker: job.worker!, epoch, step: at, digest, weightsDigest: null } });
   }
 }
+
+describe('run machine: a checkpoint that is written beside the steps', () => {
+  const begun = (spec: Partial<RunSpecInput> = {}, workers = ['a'], settings: Partial<RunSettings> = {}): Table => {
+    const table = new Table({ parallelism: workers.length, checkpoint: { every: 3 }, ...spec }, workers, settings);
+    if (workers.length === 1) table.completeSteps(3);
+    else table.completeReduce().completeReduce().completeReduce();
+    return table;
+  };
+
+  it('frees the run for the next steps once it is copied, and nothing rests on it before it is complete', () => {
+    const table = begun();
+    const checkpoint = table.last('checkpoint');
+    expect(table.last('steps').data).to.include({ fromStep: 0 });
+    table.copied();
+    expect(table.last('steps').data).to.deep.include({ fromStep: 3, checkpoint: null });
+    expect(table.state).to.include({ sharedVersion: 0, trimmedThrough: 0 });
+    expect(table.state.checkpoints).to.deep.equal([]);
+    table.copied(checkpoint).saved(checkpoint);
+    expect(table.state.checkpoints).to.deep.equal([{ directory: 'c/step-3', step: 3 }]);
+    expect(table.state.sharedVersion).to.equal(3);
+    table.saved(checkpoint).copied(checkpoint);
+    expect(table.state.saving).to.equal(null);
+    expect(table.faults).to.deep.equal([]);
+  });
+
+  it('is the only one: the next that is due waits for it, and is then begun at once', () => {
+    const table = begun().copied();
+    const first = table.last('checkpoint');
+    table.completeSteps(3);
+    expect(table.state).to.include({ version: 6, activity: null });
+    expect(table.last('checkpoint')).to.equal(first);
+    table.saved(first);
+    expect(table.last('checkpoint').data).to.include({ step: 6 });
+  });
+
+  it('is complete before the run is, and before a pause', () => {
+    const last = begun({ steps: 3 }).copied();
+    expect(last.added.some((job) => job.name === 'digest')).to.equal(false);
+    last.saved();
+    expect(last.last('digest').data).to.include({ step: 3 });
+    const paused = begun().copied();
+    paused.tell({ type: 'wish', wish: 'pause' }).completeSteps(0);
+    expect(paused.state).to.include({ phase: 'pausing', activity: null });
+    paused.saved();
+    expect(paused.state.phase).to.equal('paused');
+  });
+
+  it('counts whatever became of its epoch, while its worker lives', () => {
+    const table = begun({}, ['a', 'b']).copied();
+    const checkpoint = table.last('checkpoint');
+    table.fail(table.last('reduce'), 'TIMEOUT');
+    expect(table.state.epoch).to.equal(1);
+    table.saved(checkpoint);
+    expect(table.state.checkpoints.map((each) => each.step)).to.deep.equal([3]);
+  });
+
+  it('that fails or is lost disturbs nothing else, and the next boundary is checkpointed', () => {
+    const ends: ((table: Table, job: NewJob) => Table)[] = [
+      (table, job) => table.fail(job, 'TIMEOUT'),
+      (table, { id }) => table.tell({ type: 'missing', id }),
+      (table) => table.tell({ type: 'workers', workers: (table.workers = table.workers.filter(({ id }) => id !== table.last('checkpoint').worker)) }),
+    ];
+    for (const [index, end] of ends.entries()) {
+      const table = begun({ parallelism: 2 }, ['a', 'b'], {}).copied();
+      const { epoch } = table.state;
+      end(table, table.last('checkpoint'));
+      expect(table.state.saving).to.equal(null);
+      expect(table.faults.length).to.equal(index === 2 ? 2 : 1);
+      expect(table.state.epoch).to.equal(index === 2 ? epoch + 1 : epoch);
+      expect(table.state.checkpoints).to.deep.equal([]);
+      if (index === 2) continue;
+      const { id } = table.last('checkpoint');
+      table.completeReduce().completeReduce();
+      expect(table.last('checkpoint').id).to.equal(id);
+      table.completeReduce();
+      expect(table.last('checkpoint').data).to.include({ step: 6 });
+    }
+  });
+
+  it('that fails while the run still stands there is tried again at once, under another id, later each time, and not for ever', () => {
+    const table = begun({ steps: 3 }, ['a'], { maxReplans: 2 });
+    const ids = new Set<string>();
+    for (let attempt = 0; attempt < 3; attempt++) {
+      expect(table.state.phase).to.equal('running');
+      ids.add(table.copied().last('checkpoint').id);
+      table.fail(table.last('checkpoint'), 'TIMEOUT').wait(20);
+    }
+    expect(ids.size).to.equal(3);
+    expect(table.state.shown.error).to.deep.include({ code: 'TIMEOUT' });
+  });
+
+  it('that meets a full disk pauses the run at the step boundary, its replica kept; resume checkpoints first', () => {
+    const table = begun().copied();
+    table.fail(table.last('checkpoint'), 'DISK_FULL');
+    expect(table.state.phase).to.equal('pausing');
+    expect(table.state.command).to.equal('yield');
+    table.completeSteps(2);
+    expect(table.state).to.include({ phase: 'paused', version: 5 });
+    expect(table.state.claims).to.deep.equal(['a']);
+    expect(table.state.home).to.deep.include({ id: 'a' });
+    table.tell({ type: 'wish', wish: 'resume' });
+    expect(table.last('checkpoint').data).to.include({ step: 5 });
+    table.copied().saved();
+    expect(table.last('steps').data).to.deep.include({ fromStep: 5 });
+    expect(table.state).to.deep.include({ phase: 'running', diskFull: false, checkpoints: [{ directory: 'c/step-5', step: 5 }] });
+  });
+
+  it('is not kept when its replica turns out to differ', () => {
+    const table = begun({ compareDigestsEvery: 3, batch: { shards: 3, sequences: 1, sequenceLength: 4 } }, ['a', 'b', 'c']).copied();
+    const by = table.last('checkpoint').worker!;
+    for (const job of table.added.filter((each) => each.name === 'digest')) table.completeDigest(job, hex(job.worker === by ? '2' : '1'));
+    expect(table.state.saving).to.include({ unwanted: true });
+    table.saved();
+    expect(table.state.checkpoints).to.deep.equal([]);
+    expect(table.effects).to.deep.include({ type: 'deleteCheckpoints', directories: ['c/step-3'] });
+  });
+
+  it('saves computing its steps again when the run had fallen back behind it', () => {
+    const table = new Table({ parallelism: 1, checkpoint: { every: 3 } }, ['a', 'b']);
+    table.completeSteps(3).copied();
+    const checkpoint = table.last('checkpoint');
+    table.workers = table.workers.map((each) => (each.id === 'a' ? { ...each, state: 'draining' } : each));
+    table.tell({ type: 'workers', workers: table.workers }).completeSteps(1);
+    // The way leads to b, but the version is only with a: what is being written is waited for, and then a's newest is written.
+    expect(table.state).to.include({ version: 4, activity: null });
+    table.state = { ...table.state, home: null };
+    table.wait(1);
+    expect(table.last('steps')).to.include({ worker: 'b' });
+    expect(table.last('steps').data).to.include({ fromStep: 0 });
+    table.saved(checkpoint).fail(table.last('steps'), 'TIMEOUT');
+    expect(table.last('steps').data).to.deep.include({ fromStep: 3, checkpoint: { directory: 'c/step-3', step: 3 } });
+  });
+
+  it('is taken up by the next orchestrator as what it is', () => {
+    const job: JobAddress = { queue: 'train', worker: 'a', id: jobId('r', 0, 'checkpoint', 3, 2) };
+    const spec = begun().state.settings.spec;
+    const data = { run: 'r', epoch: 0, checkpoint: null, spec, step: 3, directory: 'c/step-3' };
+    const adopt = (epoch: number, progress: unknown, startedAtMs = 0): Table => {
+      const table = new Table({ parallelism: 1, checkpoint: { every: 3 } }, ['a'], {}, { epoch, command: 'run' }, 3);
+      table.workers = [worker('a', { heldBy: 'r', startedAtMs, replica: { run: 'r', step: 3 } })];
+      return table.tell({ type: 'workers', workers: table.workers }).tell({ type: 'adopt', job, data, processedAtMs: 5, finished: false, progress, related: [] }).tell({ type: 'ready' });
+    };
+    const copied = { worker: 'a', epoch: 0, step: 3, copied: true };
+    expect(adopt(0, null).state).to.deep.include({ saving: null }).and.to.have.nested.property('activity.kind', 'checkpoint');
+    for (const epoch of [0, 4]) {
+      const table = adopt(epoch, copied);
+      expect(table.state.saving).to.include({ step: 3 });
+      expect(table.last('steps').data).to.include({ fromStep: 3 });
+    }
+    expect(adopt(4, null).state.saving).to.equal(null);
+    const dead = adopt(0, copied, 7);
+    expect(dead.state.saving).to.equal(null);
+    expect(dead.faults).to.deep.equal(['WORKER_LOST']);
+  });
+});
 
 describe('run machine: exactly once', () => {
   it('late, doubled and old reports change nothing', () => {
@@ -344,18 +513,18 @@ describe('run machine: who holds what', () => {
       return after;
     };
     const flow = before.last('reduce');
-    const adopted = recovered(before, 0).tell({ type: 'adopt', job: address(flow), data: flow.data, processedAtMs: 5, finished: false, related: [] }).tell({ type: 'ready' });
+    const adopted = recovered(before, 0).tell({ type: 'adopt', job: address(flow), data: flow.data, processedAtMs: 5, finished: false, progress: null, related: [] }).tell({ type: 'ready' });
     expect(adopted.state.epoch).to.equal(1);
     expect(adopted.last('reduce').data).to.include({ step: 1, epoch: 1 });
     const comparison: JobAddress = { queue: 'train', worker: 'a', id: jobId('r', 0, 'digest', 0, 0) };
     for (const [finished, epoch] of [[true, 0], [false, 1]] as const) {
-      const table = recovered(before, 0).tell({ type: 'adopt', job: comparison, data: {}, processedAtMs: 5, finished, related: [] });
+      const table = recovered(before, 0).tell({ type: 'adopt', job: comparison, data: {}, processedAtMs: 5, finished, progress: null, related: [] });
       expect(table.state.epoch).to.equal(epoch);
     }
     const alone = new Table({ parallelism: 1 }, ['a', 'b']);
     const job = alone.last('steps');
     for (const [startedAtMs, epoch] of [[3, 0], [7, 1]] as const) {
-      const table = recovered(alone, startedAtMs).tell({ type: 'adopt', job: address(job), data: job.data, processedAtMs: 5, finished: false, related: [] }).tell({ type: 'ready' });
+      const table = recovered(alone, startedAtMs).tell({ type: 'adopt', job: address(job), data: job.data, processedAtMs: 5, finished: false, progress: null, related: [] }).tell({ type: 'ready' });
       expect(table.state.epoch, `worker started at ${startedAtMs}, job was taken at 5`).to.equal(epoch);
     }
   });

@@ -19,7 +19,23 @@ import { z } from 'zod';
 import { NnError } from './errors.ts';
 import type { ErrorRecord } from './errors.ts';
 
+/**
+ * The number of this protocol: the form and the meaning of jobs and results, of what lies in the exchange, and of the bits that a
+ * version computes. Whoever changes one of them so that two versions of this program would misunderstand each other raises it.
+ * Jobs and workers carry it: a worker leaves jobs of another number alone, an orchestrator plans with workers of its own only,
+ * and one that takes up a run of another number begins at its checkpoint. Absent means 1.
+ */
+export const PROTOCOL = 1;
+
+/** The number that a job or a worker's record carries. */
+export const protocolOf = (value: unknown): number => {
+  const number = (value as { protocol?: unknown } | null)?.protocol;
+  return typeof number === 'number' ? number : 1;
+};
+
 const index = z.int().nonnegative();
+/** Written by orchestrator/queues.ts into every job. */
+const protocol = z.literal(PROTOCOL).optional();
 const count = z.int().positive();
 const runId = z.string().min(1).max(64);
 /** JSON has no NaN: a number that is not finite travels as null. */
@@ -28,6 +44,7 @@ const digest = z.string().regex(/^[0-9a-f]{32}$/);
 
 /** Where a worker that lacks the replica finds its way to version `fromStep`. */
 const origin = z.strictObject({
+  protocol,
   run: runId,
   /** Raised by the orchestrator whenever it gives up on jobs; jobs and reports of an older epoch change nothing. */
   epoch: index,
@@ -55,6 +72,7 @@ export const messages = {
 
   /** Loss of a version of a run, or of a checkpoint, on the first `sequences` sequences of a token file. */
   eval: z.strictObject({
+    protocol,
     replica: origin.extend({ step: index }).nullable(),
     checkpoint: z.string().nullable(),
     data: z.string(),
@@ -62,6 +80,7 @@ export const messages = {
     sequenceLength: count.nullable(),
   }),
   generate: z.strictObject({
+    protocol,
     checkpoint: z.string(),
     prompts: z.array(z.string().max(1 << 20)).min(1).max(64),
     maxTokens: count.max(1 << 20),
@@ -174,6 +193,8 @@ export interface WorkerRecord {
   readonly id: string;
   /** Distinguishes two processes with one id, one after the other. */
   readonly incarnation: string;
+  /** The number of the protocol that it speaks; absent: 1. */
+  readonly protocol?: number;
   readonly host: string;
   readonly processId: number;
   readonly device: { readonly kind: 'cpu' | 'cuda'; readonly name: string; readonly index: number; readonly memoryBytes: number };

@@ -7,7 +7,7 @@ import { existsSync } from 'node:fs';
 import { join, resolve } from 'node:path';
 import { NnError, errorCode, fromErrorRecord } from '../config/errors.ts';
 import { keys, workerQueue } from '../config/keys.ts';
-import { QUEUES, TERMINAL_PHASES, parseMessage, parseResult } from '../config/messages.ts';
+import { PROTOCOL, QUEUES, TERMINAL_PHASES, parseMessage, parseResult, protocolOf } from '../config/messages.ts';
 import type { QueueName, Result, RunEvent, RunRecord, WorkerRecord } from '../config/messages.ts';
 import { openRedis, redisAddresses } from '../config/redis.ts';
 import type { Redis } from '../config/redis.ts';
@@ -197,9 +197,11 @@ export class Client {
         if (status.state === 'failed') throw fromErrorRecord(status.error);
         if (status.state === 'missing') throw new NnError('TIMEOUT', `the ${queue} job is no longer in Redis; ask again`);
         const nowMs = performance.now();
-        if ((await this.workers()).some((worker) => worker.state !== 'draining')) workerSeenMs = nowMs;
+        const serving = (await this.workers()).filter((worker) => worker.state !== 'draining');
+        if (serving.some((worker) => protocolOf(worker) === PROTOCOL)) workerSeenMs = nowMs;
         else if (nowMs - workerSeenMs > this.#config.orchestrator.requestTimeoutMs) {
-          throw new NnError('NO_WORKER', `no live worker serves ${queue} jobs; start one with \`cuda-nn worker\``, { queue });
+          const others = serving.length === 0 ? 'start one with `cuda-nn worker`' : `those there speak another protocol than ${PROTOCOL}: upgrade what is older`;
+          throw new NnError('NO_WORKER', `no live worker serves ${queue} jobs; ${others}`, { queue });
         }
         if (nowMs - beganMs > timeoutMs) throw new NnError('TIMEOUT', `the ${queue} job was not done within ${Math.round(timeoutMs / 1000)} s`, { queue });
         await sleep(pause);

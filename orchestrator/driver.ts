@@ -10,7 +10,7 @@ import { join, resolve } from 'node:path';
 import type { Logger } from 'pino';
 import { NnError, toErrorRecord } from '../config/errors.ts';
 import type { Control } from '../config/keys.ts';
-import { TERMINAL_PHASES } from '../config/messages.ts';
+import { PROTOCOL, TERMINAL_PHASES } from '../config/messages.ts';
 import type { RunEvent, RunFault, RunRecord } from '../config/messages.ts';
 import { parseRunSpec } from '../config/run-spec.ts';
 import type { RunSpec } from '../config/run-spec.ts';
@@ -110,7 +110,7 @@ export class Driver {
       return null;
     });
     if (stored === null) return 'done';
-    await store.own(this.#run, this.#token);
+    const spoken = await store.own(this.#run, this.#token);
     if (TERMINAL_PHASES.includes(stored.record.phase)) {
       await this.#eraseWork(stored.record.epoch, 0);
       await store.sweep(this.#run, this.#token);
@@ -120,7 +120,7 @@ export class Driver {
     this.#spec = parseRunSpec(stored.spec);
     const stops: (() => void)[] = [];
     try {
-      await this.#recover();
+      await this.#recover(spoken);
       stops.push(watch.listen(() => this.#hearWorkers()));
       stops.push(onWish(this.#run, () => void this.#readWish()));
       stops.push(onRestart(() => this.#hear({ type: 'restarted' })));
@@ -147,15 +147,24 @@ export class Driver {
 
   // --- Beginning ----------------------------------------------------------------------------------------------------
 
-  async #recover(): Promise<void> {
+  /** `spoken`: the protocol of the driver before this one. */
+  async #recover(spoken: number): Promise<void> {
     const { store, config, exchange, watch, queues } = this.#context;
     claimDirectory(this.#directory, this.#spec);
     const [stored, told, found] = await Promise.all([store.read(this.#run), store.readControl(this.#run), findCheckpoints(this.#directory)]);
     const kept = readRecordFile(this.#directory);
     const lost = kept !== null && kept.epoch > Math.max(stored.record.epoch, told?.epoch ?? 0);
-    // Redis lost its last writes: a worker may hold a job of any epoch up to the one on the disk.
-    const record = lost ? { ...stored.record, epoch: kept.epoch + 1 } : stored.record;
-    const control = lost ? null : told;
+    const foreign = spoken !== PROTOCOL;
+    // Redis lost its last writes: a worker may hold a job of any epoch up to the one on the disk. Jobs and gradients of another
+    // protocol are not believed either: the run goes on from its checkpoint.
+    const epochs = [stored.record.epoch, told?.epoch ?? 0, kept?.epoch ?? 0];
+    const record = lost || foreign ? { ...stored.record, epoch: Math.max(...epochs) + 1 } : stored.record;
+    const control = lost || foreign ? null : told;
+    if (foreign) {
+      await queues.erase(this.#run, record.epoch, ERASE_WAIT_MS);
+      await exchange.erase(this.#run, () => store.owns(this.#run, this.#token));
+      this.#logger.warn({ spoken, protocol: PROTOCOL }, 'the run was driven by a version of another protocol; it goes on from its checkpoint');
+    }
     this.#epochOnDisk = kept?.epoch ?? -1;
     this.#metrics = new RunMetrics(this.#directory, Date.now());
     this.#history = new History(this.#directory, this.#token);

@@ -4,6 +4,7 @@
  */
 import { parameterCount } from '../config/presets.ts';
 import type { RunSpec } from '../config/run-spec.ts';
+import { PROTOCOL } from '../config/messages.ts';
 import type { WorkerRecord } from '../config/messages.ts';
 import type { Share } from './share.ts';
 
@@ -11,6 +12,8 @@ import type { Share } from './share.ts';
 export interface WorkerView {
   readonly id: string;
   readonly incarnation: string;
+  /** The number of the protocol that it speaks (config/messages.ts); absent: this one. */
+  readonly protocol?: number;
   readonly precisions: WorkerRecord['precisions'];
   readonly state: WorkerRecord['state'];
   readonly replica: WorkerRecord['replica'];
@@ -75,7 +78,12 @@ export function chooseWay(input: WayInput): Way {
   if (workers.length === 0) return waiting('waiting: no live worker');
   const serving = workers.filter((worker) => worker.state !== 'draining');
   if (serving.length === 0) return waiting('waiting: every live worker is draining');
-  const capable = serving.filter((worker) => worker.precisions.includes(spec.precision));
+  const speaking = serving.filter(({ protocol = PROTOCOL }) => protocol === PROTOCOL);
+  if (speaking.length === 0) {
+    const spoken = [...new Set(serving.map(({ protocol = PROTOCOL }) => protocol))].sort((a, b) => a - b).join(', ');
+    return waiting(`waiting: every live worker speaks protocol ${spoken}, this orchestrator ${PROTOCOL}; upgrade what is older`);
+  }
+  const capable = speaking.filter((worker) => worker.precisions.includes(spec.precision));
   if (capable.length === 0) return waiting(`waiting: no live worker computes in ${spec.precision}`);
   const trusted = capable.filter((worker) => !input.excluded.includes(`${worker.id}/${worker.incarnation}`));
   if (trusted.length === 0) return waiting('waiting: the replica of every live worker differed; restart the workers');

@@ -8,6 +8,7 @@ import type { ConnectionOptions, FlowJob, Job, JobsOptions } from 'bullmq';
 import { decodeFailure } from '../config/errors.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import { workerQueue } from '../config/keys.ts';
+import { PROTOCOL } from '../config/messages.ts';
 import type { Redis } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
 import { parseJobId } from './run-state.ts';
@@ -98,7 +99,7 @@ export class Queues {
   async add(job: NewJob): Promise<void> {
     await this.watch(job);
     const shared = job.worker === null ? { priority: job.priority } : {};
-    await this.queue(nameOf(job)).add(job.name, job.data, { ...this.#options(job.id), ...shared });
+    await this.queue(nameOf(job)).add(job.name, { ...job.data, protocol: PROTOCOL }, { ...this.#options(job.id), ...shared });
   }
 
   /** Adds parent and children at once. A child that fails for good fails its parent, so that none waits for ever. */
@@ -110,13 +111,13 @@ export class Queues {
       name: parent.name,
       queueName: nameOf(parent),
       prefix,
-      data: parent.data,
+      data: { ...parent.data, protocol: PROTOCOL },
       opts: this.#options(parent.id),
       children: children.map((child) => ({
         name: child.name,
         queueName: nameOf(child),
         prefix,
-        data: child.data,
+        data: { ...child.data, protocol: PROTOCOL },
         opts: { ...this.#options(child.id), ...(child.worker === null ? { priority: child.priority } : {}), failParentOnFailure: true },
       })),
     };
@@ -269,7 +270,7 @@ export class Queues {
 
   /** A client's job on a shared queue. Returns its id. */
   async request(queue: 'eval' | 'generate', id: string, data: object): Promise<void> {
-    await this.queue(queue).add(queue, data, { ...this.#options(id), removeOnComplete: { age: 600, count: ENDED_KEPT }, removeOnFail: { age: 600, count: ENDED_KEPT } });
+    await this.queue(queue).add(queue, { ...data, protocol: PROTOCOL }, { ...this.#options(id), removeOnComplete: { age: 600, count: ENDED_KEPT }, removeOnFail: { age: 600, count: ENDED_KEPT } });
   }
 
   async requestStatus(queue: 'eval' | 'generate', id: string): Promise<JobStatus> {

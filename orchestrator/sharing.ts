@@ -2,6 +2,7 @@
  * One run's side of the sharing of workers: keeps its demand in Redis up to date, and works out its share from everybody's.
  * Made by driver.ts for its run; the rules are in share.ts, what the run does with its share in run-machine.ts.
  */
+import { PROTOCOL } from '../config/messages.ts';
 import type { RunState } from './run-state.ts';
 import { demandOf } from './run-state.ts';
 import { shareWorkers } from './share.ts';
@@ -50,7 +51,7 @@ export class Sharing {
     this.#write();
     if (this.#demand === null) return null;
     const demands = [this.#demand, ...[...watch.demands.values()].filter((other) => other.run !== run)];
-    return shareWorkers({ demands, workers: watch.views, timeSliceMs, nowMs }).get(run) ?? null;
+    return shareWorkers({ demands, workers: watch.views.filter(({ protocol = PROTOCOL }) => protocol === PROTOCOL), timeSliceMs, nowMs }).get(run) ?? null;
   }
 
   /** When the demand as it was last told lies in Redis, or could not be written. */

@@ -4,6 +4,7 @@
  * clocks of other machines do not count, and losing sight of everybody is nobody's death. Called by main.ts and driver.ts.
  */
 import { keys } from '../config/keys.ts';
+import { protocolOf } from '../config/messages.ts';
 import type { WorkerRecord } from '../config/messages.ts';
 import type { Redis } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
@@ -151,6 +152,7 @@ export class WorkerWatch {
       .map(({ record }) => ({
         id: record.id,
         incarnation: record.incarnation,
+        protocol: protocolOf(record),
         precisions: record.precisions,
         state: record.state,
         replica: record.replica,

@@ -10,12 +10,12 @@
 import { randomUUID } from 'node:crypto';
 import { hostname } from 'node:os';
 import { fileURLToPath } from 'node:url';
-import { UnrecoverableError, WaitingError, Worker } from 'bullmq';
+import { DelayedError, UnrecoverableError, WaitingError, Worker } from 'bullmq';
 import type { Job } from 'bullmq';
 import { ERROR_KINDS, NnError, fromErrorRecord, toErrorRecord } from '../config/errors.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import { keys, workerQueue } from '../config/keys.ts';
-import { parseMessage } from '../config/messages.ts';
+import { PROTOCOL, parseMessage, protocolOf } from '../config/messages.ts';
 import type { Message, Origin, QueueName, Result, StepReport, TrainJobName, WorkerRecord } from '../config/messages.ts';
 import { checkRedis, openRedis, redisAddresses } from '../config/redis.ts';
 import type { Redis } from '../config/redis.ts';
@@ -195,6 +195,7 @@ export class Island {
 
   /** One job: waits for the device, or gives the job back; then does it. What it throws is what BullMQ records. */
   async #take(worker: Worker, queue: ServedQueue, own: boolean, job: Job, token: string): Promise<unknown> {
+    if (protocolOf(job.data) !== PROTOCOL) return this.#leaveAlone(job, token);
     const startedAt = performance.now();
     let outcome: { readonly ok: true; readonly value: unknown } | { readonly ok: false; readonly error: ErrorRecord } | null;
     try {
@@ -297,6 +298,13 @@ export class Island {
     await job.moveToWait(token);
     if (!this.#gate.busy) this.#onIdle();
     throw new WaitingError();
+  }
+
+  /** Puts a job of another protocol behind the others for a while, for workers that understand it. */
+  async #leaveAlone(job: Job, token: string): Promise<never> {
+    this.#options.log('warn', `job ${job.id} is of protocol ${protocolOf(job.data)}, this worker speaks ${PROTOCOL}: upgrade what is older`);
+    await job.moveToDelayed(Date.now() + this.#config.queue.stalledIntervalMs, token);
+    throw new DelayedError();
   }
 
   async #perform(job: Job, task: TaskOf<JobTask>): Promise<Outcome<JobTask>> {
@@ -422,6 +430,7 @@ export class Island {
     const record: WorkerRecord = {
       id: this.#options.id,
       incarnation: this.#incarnation,
+      protocol: PROTOCOL,
       host: hostname(),
       processId: process.pid,
       device: { kind, name, index, memoryBytes },

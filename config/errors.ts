@@ -63,6 +63,7 @@ export const ERROR_KINDS = {
   // The run: 6
   NON_FINITE: kind('never', 6, 'Too many steps in a row had NaN or infinite gradients.'),
   TIME_LIMIT: kind('never', 6, 'The run was running for as long as its spec allows; it stands at a checkpoint.'),
+  JOB_FATAL: kind('never', 6, 'A job ended its worker process as often as is allowed.'),
   WORKER_LOST: kind('retry', 6, 'A worker process ended while it held a job.'),
   RUN_FAILED: kind('never', 6, 'The run failed; its record says why.'),
   CANCELLED: kind('never', 6, 'The run or job was cancelled.'),

@@ -188,6 +188,18 @@ export interface ExitRecord {
   readonly atMs: number;
 }
 
+/** A process that ended with work of a run in hand: `step` and `part` name the work (orchestrator/kills.ts). */
+export interface WorkKill {
+  readonly name: 'steps' | 'shard' | 'reduce' | 'checkpoint' | 'digest' | 'eval';
+  readonly step: number;
+  readonly part: number;
+  readonly worker: string;
+  /** The process that came after, and told of it. */
+  readonly incarnation: string;
+  readonly epoch: number;
+  readonly exit: ExitRecord;
+}
+
 /** What a live worker says of itself, every heartbeat, in the hash `workers` under its id. */
 export interface WorkerRecord {
   readonly id: string;
@@ -260,6 +272,8 @@ export interface RunRecord {
   readonly faults: readonly RunFault[];
   /** How many faults there ever were, by code. */
   readonly faultCounts: Readonly<Record<string, number>>;
+  /** Worker processes that ended with the work at hand, and that no later work of its kind has forgiven. */
+  readonly kills: readonly WorkKill[];
   /** Oldest first, the last 50. */
   readonly attempts: readonly RunAttempt[];
   /** Time in phase `running` over all attempts, as far as orchestrators saw it. */

@@ -78,6 +78,7 @@ const schema = {
     concurrency: knob('Runs driven at once', 'CUDA_NN_RUN_CONCURRENCY', 16, 1, 1024),
     jobTimeoutMs: knob('A run with work queued and no worker or report for so long records NO_WORKER and waits on, milliseconds', 'CUDA_NN_JOB_TIMEOUT_MS', 60_000, 1_000, 86_400_000),
     maxReplans: knob('Times in a row that a run may give up its jobs and plan anew without a new step, before it fails', 'CUDA_NN_MAX_REPLANS', 20, 1, 10_000),
+    maxKills: knob('Times that the same work may end its worker’s process before the run fails', 'CUDA_NN_MAX_KILLS', 3, 1, 1_000),
     stepsPerJob: knob('Most steps of one job of the local way', 'CUDA_NN_STEPS_PER_JOB', 200, 1, 10_000),
     watchMs: knob('Milliseconds between looks at the workers, the wishes and the clock', 'CUDA_NN_WATCH_MS', 500, 20, 60_000),
     lookupMs: knob('A job unheard of for so long is looked up in Redis, milliseconds', 'CUDA_NN_LOOKUP_MS', 3_000, 50, 600_000),

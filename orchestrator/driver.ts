@@ -183,6 +183,7 @@ export class Driver {
         checkpointRoot: join(this.#directory, 'checkpoints'),
         logSteps: Math.max(1, Math.floor(config.exchange.logBytes / gradientBytes(this.#spec))),
         maxReplans: orchestrator.maxReplans,
+        maxKills: orchestrator.maxKills,
         stepsPerJob: orchestrator.stepsPerJob,
         lookupMs: orchestrator.lookupMs,
         jobTimeoutMs: orchestrator.jobTimeoutMs,

@@ -37,6 +37,7 @@ import { tokensPerStep } from '../config/run-spec.ts';
 import { adoptable, holdersOf, jobsOf, nameOf } from './activities.ts';
 import type { Of } from './activities.ts';
 import { beginAttempt, changeAttempt, endAttempt } from './attempts.ts';
+import { fatalJob, forgive, killOf, tooMany } from './kills.ts';
 import { MachineDraft, SMOOTHING } from './machine-draft.ts';
 import { checkpointDue, checkpointsToDelete, chooseWay, comparisonDue, evalDue, nextBoundary } from './plan.ts';
 import type { Way, WorkerView } from './plan.ts';
@@ -45,6 +46,9 @@ import type { Activity, Effect, Holder, JobAddress, MachineEvent, NewJob, RunSta
 
 /** Steps whose shard digests are remembered, for late reports. */
 const DIGESTS_KEPT = 4;
+
+/** Incarnations of workers remembered for having told of a death. */
+const TOLD_KEPT = 256;
 
 /** Applies one event. Neither argument is changed. */
 export function step(state: RunState, event: MachineEvent): { readonly state: RunState; readonly effects: readonly Effect[] } {
@@ -117,6 +121,9 @@ class Machine extends MachineDraft {
       state.shown = { ...state.shown, startedAtMs: state.shown.startedAtMs ?? this.atMs };
       this.enter('running');
     }
+    // Deaths of long ago were counted by whoever drove the run then.
+    const old = state.workers.filter((worker) => killOf(worker, state.settings.run, state.step)?.epoch !== state.epoch);
+    this.told(old.map(({ incarnation }) => incarnation));
     this.hearWorkers(state.workers);
   }
 
@@ -127,18 +134,47 @@ class Machine extends MachineDraft {
       state.claims = workers.filter((worker) => worker.heldBy === state.settings.run).map((worker) => worker.id);
       return;
     }
+    this.hearKills();
+    if (this.over()) return;
     if (state.home !== null && !this.lives(state.home)) state.home = null;
     if (state.activity?.kind === 'flow' && state.activity.parent.worker === null) state.activity = this.withJoiners(state.activity);
-    if (state.saving !== null && !this.lives(state.saving.holder)) this.savingFailed(state.saving, lost(state.saving.holder));
+    if (state.saving !== null && !this.lives(state.saving.holder)) this.savingFailed(state.saving, this.lost(state.saving.holder));
     if (this.over()) return;
     const dead = holdersOf(this.state.activity).find((holder) => !this.lives(holder));
     if (dead !== undefined) {
-      const error = lost(dead);
+      const error = this.lost(dead);
       this.fault(nameOf(this.state), error);
       return this.replan(error);
     }
     if (state.activity?.kind === 'steps' && state.command === 'run' && state.phase === 'running') this.yieldIfBetter(state.activity);
     this.decide();
+  }
+
+  /** Counts the deaths that workers tell of by the work that was in hand; work that killed too often fails the run. */
+  private hearKills(): void {
+    const { state } = this;
+    const { run, maxKills } = state.settings;
+    for (const worker of state.workers) {
+      if (state.toldBy.includes(worker.incarnation)) continue;
+      const kill = killOf(worker, run, state.step);
+      if (kill === null) continue;
+      this.told([worker.incarnation]);
+      state.kills = [...state.kills, kill];
+      const fatal = tooMany(state.kills, kill, maxKills);
+      if (fatal !== null) return this.fail(fatalJob(fatal));
+    }
+  }
+
+  private told(incarnations: readonly string[]): void {
+    this.state.toldBy = [...this.state.toldBy, ...incarnations].slice(-TOLD_KEPT);
+  }
+
+  /** A worker's end as an error, with its successor's evidence if there is any. */
+  private lost({ id }: Holder): ErrorRecord {
+    const exit = this.state.workers.find((worker) => worker.id === id)?.lastExit ?? null;
+    const how = exit === null ? '' : `, ${exit.signal === null ? `with exit code ${exit.code}` : `by ${exit.signal}`}`;
+    const context = { worker: id, ...(exit === null ? {} : { signal: exit.signal, exitCode: exit.code }) };
+    return { code: 'WORKER_LOST', message: `worker ${id} ended while it held a job of this run${how}`, context };
   }
 
   /** Whoever lives may take jobs from the shared queue, so all of them are watched. */
@@ -280,6 +316,7 @@ class Machine extends MachineDraft {
     const state = this.state;
     state.replans = 0;
     state.saveFailures = 0;
+    state.kills = forgive(state.kills, ['checkpoint'], at);
     state.checkpoints = [...state.checkpoints.filter((each) => each.step !== at), { directory, step: at }].sort((a, b) => a.step - b.step);
     state.sharedVersion = Math.max(state.sharedVersion, at);
     this.note({ type: 'checkpoint', step: at, worker });
@@ -322,6 +359,7 @@ class Machine extends MachineDraft {
     this.idle();
     this.state.replans = 0;
     this.state.lastEvalStep = activity.step;
+    this.state.kills = forgive(this.state.kills, ['eval'], activity.step);
     this.state.shown = {
       ...shown,
       validation: result.loss === null ? shown.validation : { step: activity.step, loss: result.loss },
@@ -347,6 +385,7 @@ class Machine extends MachineDraft {
       return this.finish('completed', null);
     }
     this.state.lastComparisonStep = activity.step;
+    this.state.kills = forgive(this.state.kills, ['digest'], activity.step);
     this.compareDigests(reports);
   }
 
@@ -809,6 +848,7 @@ class Machine extends MachineDraft {
     state.saveFailures = 0;
     state.losses = 0;
     state.notBeforeMs = 0;
+    state.kills = forgive(state.kills, ['steps', 'shard', 'reduce'], report.step);
     state.skippedInARow = report.skipped ? state.skippedInARow + 1 : 0;
     state.shown = {
       ...shown,
@@ -820,17 +860,30 @@ class Machine extends MachineDraft {
     this.effects.push({ type: 'metrics', line: { type: 'step', atMs: this.atMs, epoch: state.epoch, tokensPerSecond, report } });
     this.note({ type: 'step', step: report.step, ...source });
     this.publish({ type: 'step', report, tokensPerSecond, atMs: this.atMs });
-    if (state.skippedInARow >= settings.spec.maxNonFiniteSteps) {
-      const message = `${state.skippedInARow} steps in a row, up to step ${report.step}, had NaN or infinite gradients; lower the learning rate or look at the data`;
-      this.fail({ code: 'NON_FINITE', message, context: { step: report.step } });
+    if (report.skipped) this.hearNonFinite(report);
+  }
+
+  /** A skipped step is a fault on record; too many in a row end the run. The tensor's name says the layer. */
+  private hearNonFinite({ step: at, nonFinite: tensor }: StepReport): void {
+    const { skippedInARow, settings: { spec } } = this.state;
+    const where = tensor === null ? '' : `, first in ${tensor}`;
+    const context = { step: at, tensor, layer: layerOf(tensor) };
+    if (skippedInARow < spec.maxNonFiniteSteps) {
+      return this.fault(`step ${at}`, { code: 'NON_FINITE', message: `the gradient has NaN or infinite elements${where}; the step was skipped`, context });
     }
+    const message = `${skippedInARow} steps in a row, up to step ${at}, had NaN or infinite gradients${where}; lower the learning rate or look at the data`;
+    this.fail({ code: 'NON_FINITE', message, context });
   }
 }
 
 const alone = (worker: string): StepSource => ({ way: 'local', worker, digest: null, shards: null });
 /** Pause before the next attempt, after `failures` (2 or more) in a row. */
 const backoff = ({ backoffMs, backoffMaximumMs }: RunState['settings'], failures: number): number => Math.min(backoffMaximumMs, backoffMs * 2 ** Math.min(failures - 2, 20));
+/** The layer that a tensor's name names, or null. */
+const layerOf = (tensor: string | null): number | null => {
+  const layer = /\blayers\.(\d+)\./.exec(tensor ?? '')?.[1];
+  return layer === undefined ? null : Number(layer);
+};
 /** Whether no attempt cures it. */
 const isFatal = ({ code }: ErrorRecord): boolean => code === 'BUG' || (ERROR_KINDS[code].recovery === 'never' && code !== 'CANCELLED');
-const lost = ({ id }: Holder): ErrorRecord => ({ code: 'WORKER_LOST', message: `worker ${id} ended while it held a job of this run`, context: { worker: id } });
 const address = ({ queue, worker, id }: NewJob): JobAddress => ({ queue, worker, id });

@@ -23,6 +23,7 @@ export interface RunSettings {
   /** Steps whose reduced gradients the exchange may hold before a checkpoint is brought forward. */
   readonly logSteps: number;
   readonly maxReplans: number;
+  readonly maxKills: number;
   readonly stepsPerJob: number;
   readonly lookupMs: number;
   readonly jobTimeoutMs: number;
@@ -155,6 +156,9 @@ export interface RunState {
   readonly lastComparisonStep: number;
   /** Skipped steps at the end of what was counted. */
   readonly skippedInARow: number;
+  /** Processes that ended with this run's work in hand (kills.ts), and the incarnations that told of one, the newest of them. */
+  readonly kills: RunRecord['kills'];
+  readonly toldBy: readonly string[];
   /** Times jobs were given up since the last new step. */
   readonly replans: number;
   /** GRADIENT_LOST since the last new step. */
@@ -318,6 +322,9 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
     lastEvalStep: Math.max(counted?.lastEvalStep ?? -1, record.validation?.step ?? -1, record.validationBefore === null ? -1 : 0),
     lastComparisonStep: 0,
     skippedInARow: Math.max(0, Math.min(counted?.skippedInARow ?? 0, step - stepsBefore)),
+    // A run that is tried again is given the benefit of the doubt.
+    kills: record.phase === 'queued' ? [] : record.kills,
+    toldBy: record.kills.map(({ incarnation }) => incarnation),
     replans: 0,
     losses: 0,
     notBeforeMs: 0,
@@ -350,7 +357,7 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
 export function queuedRecord(run: string, spec: RunSpec, atMs: number): RunRecord {
   return {
     run, phase: 'queued', step: 0, steps: spec.steps, epoch: 0, checkpoint: null, lastReport: null, firstLoss: null, validation: null,
-    validationBefore: null, tokensPerSecond: null, weightsDigest: null, way: null, skippedSteps: 0, faults: [], faultCounts: {}, attempts: [], runningMs: 0, error: null,
+    validationBefore: null, tokensPerSecond: null, weightsDigest: null, way: null, skippedSteps: 0, faults: [], faultCounts: {}, kills: [], attempts: [], runningMs: 0, error: null,
     createdAtMs: atMs, startedAtMs: null, finishedAtMs: null,
   };
 }
@@ -390,6 +397,7 @@ export function recordOf(state: RunState): RunRecord {
     skippedSteps: shown.skippedSteps,
     faults: shown.faults,
     faultCounts: shown.faultCounts,
+    kills: state.kills,
     attempts: changeAttempt(shown.attempts, () => ({ toStep: state.step, phase: state.phase })),
     runningMs: shown.runningMs,
     error: shown.error,

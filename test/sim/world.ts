@@ -176,7 +176,7 @@ export class World {
       compareDigestsEvery: this.#pick(6),
     });
     this.#settings = {
-      run: 'sim.1', spec: this.spec, checkpointRoot: 'runs/sim.1/checkpoints', logSteps: 1 + this.#pick(12), maxReplans: 10_000, stepsPerJob: 1 + this.#pick(20),
+      run: 'sim.1', spec: this.spec, checkpointRoot: 'runs/sim.1/checkpoints', logSteps: 1 + this.#pick(12), maxReplans: 10_000, maxKills: 10_000, stepsPerJob: 1 + this.#pick(20),
       lookupMs: 300, jobTimeoutMs: 2_000, backoffMs: 20, backoffMaximumMs: 500,
     };
     this.#record = queuedRecord('sim.1', this.spec, 0);

@@ -5,12 +5,12 @@
 import { expect } from 'chai';
 import type { ErrorCode } from '../../config/errors.ts';
 import type { Control } from '../../config/keys.ts';
-import type { Result, StepReport } from '../../config/messages.ts';
+import type { Result, RunRecord, StepReport } from '../../config/messages.ts';
 import { parseRunSpec } from '../../config/run-spec.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import type { WorkerView } from '../../orchestrator/plan.ts';
 import { step } from '../../orchestrator/run-machine.ts';
-import { initialState, jobId, parseJobId, queuedRecord } from '../../orchestrator/run-state.ts';
+import { initialState, jobId, parseJobId, queuedRecord, recordOf } from '../../orchestrator/run-state.ts';
 import type { Effect, JobAddress, MachineEvent, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
 
 type Told = MachineEvent extends infer Event ? (Event extends MachineEvent ? Omit<Event, 'atMs'> : never) : never;
@@ -38,7 +38,7 @@ class Table {
     this.workers = workers.map((id) => worker(id));
     this.state = initialState(
       {
-        run: 'r', spec: checked, checkpointRoot: 'c', logSteps: 100, maxReplans: 3, stepsPerJob: 100, lookupMs: 300, jobTimeoutMs: 2_000,
+        run: 'r', spec: checked, checkpointRoot: 'c', logSteps: 100, maxReplans: 3, maxKills: 3, stepsPerJob: 100, lookupMs: 300, jobTimeoutMs: 2_000,
         backoffMs: 10, backoffMaximumMs: 10, ...settings,
       },
       {
@@ -622,6 +622,97 @@ describe('run machine: a limit of time', () => {
     completeCheckpoint(done);
     expect(done.state.ending).to.equal(null);
     expect(done.last('digest').data).to.include({ step: 9 });
+  });
+});
+
+describe('run machine: work that ends its worker', () => {
+  /** The worker dies with `job` in hand, and its successor tells how. */
+  const die = (table: Table, job: NewJob, id: string, signal = 'SIGSEGV', stderr = 'moe.c:7: slot < slots'): Table => {
+    const incarnation = `${id}-${++deaths}`;
+    const error = { code: 'WORKER_LOST', message: 'lost', context: { stderr } } as const;
+    table.workers = table.workers.map((each) => (each.id === id ? worker(id, { incarnation, heldBy: 'r', lastExit: { job: job.id, code: null, signal, error, atMs: 0 } }) : each));
+    return table.tell({ type: 'workers', workers: table.workers }).wait(20);
+  };
+  let deaths = 1;
+
+  it('fails the run the third time, with the evidence, whatever worker it was given to', () => {
+    const table = new Table({ parallelism: 2 }, ['a', 'b']);
+    for (const id of ['a', 'b', 'a']) {
+      expect(table.state.phase).to.equal('running');
+      die(table, table.added.findLast((job) => job.name === 'shard' && (job.data as { shard: number }).shard === 1)!, id);
+    }
+    expect(table.state.phase).to.equal('failed');
+    const { code, message, context } = table.state.shown.error!;
+    expect(code).to.equal('JOB_FATAL');
+    expect(message).to.contain('shard 1 of step 1').and.contain('a by SIGSEGV, b by SIGSEGV, a by SIGSEGV').and.contain('slot < slots');
+    expect(context).to.include({ step: 1, shard: 1, signal: 'SIGSEGV', worker: 'a' });
+    expect(table.faults).to.deep.equal(['WORKER_LOST', 'WORKER_LOST']);
+    expect(table.state.shown.faults[0]!.error.message).to.contain('by SIGSEGV');
+  });
+
+  it('is told from other work, and forgiven by its success', () => {
+    const table = new Table({ parallelism: 2 }, ['a', 'b'], { maxReplans: 10 });
+    for (const shard of [0, 1, 0, 1]) die(table, table.added.findLast((job) => job.name === 'shard' && (job.data as { shard: number }).shard === shard)!, 'b');
+    expect(table.state.kills.length).to.equal(4);
+    table.completeReduce();
+    expect(table.state.kills).to.deep.equal([]);
+    for (let time = 0; time < 2; time++) die(table, table.last('reduce'), 'a');
+    expect(table.state.phase).to.equal('running');
+  });
+
+  it('of a local job is the step at hand: progress forgives it', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    const progress = (at: number): Table => {
+      const { id, data } = table.last('steps');
+      return table.tell({ type: 'progress', id, data: { worker: 'a', epoch: (data as { epoch: number }).epoch, report: report(at) } });
+    };
+    for (let at = 1; at <= 4; at++) die(progress(at), table.last('steps'), 'a', 'SIGKILL');
+    expect(table.state.phase).to.equal('running');
+    for (let time = 0; time < 2; time++) die(table, table.last('steps'), 'a', 'SIGKILL');
+    expect(table.state.shown.error).to.include({ code: 'JOB_FATAL' });
+    expect(table.state.shown.error!.message).to.contain('step 5 ended its worker 3 times');
+  });
+
+  it('of a checkpoint counts although the run computes on beside it', () => {
+    const table = new Table({ parallelism: 1, checkpoint: { every: 2 } }, ['a'], { maxKills: 2 });
+    const twoSteps = (): Table => table.completeSteps(2).copied();
+    die(twoSteps(), table.last('checkpoint'), 'a');
+    expect(table.last('steps').data).to.include({ fromStep: 0 });
+    die(twoSteps(), table.last('checkpoint'), 'a');
+    expect(table.state.shown.error!.message).to.contain('the checkpoint of step 2 ended its worker 2 times');
+  });
+
+  it('is remembered by the record, told once, and not from what another orchestrator had counted', () => {
+    const table = new Table({ parallelism: 2 }, ['a', 'b']);
+    die(table, table.last('reduce'), 'a');
+    const recovered = (record: RunRecord): Table => {
+      const after = new Table({ parallelism: 2 }, ['a', 'b'], {}, { epoch: table.state.epoch, command: 'run' });
+      after.state = initialState(after.state.settings, { record, control: { epoch: table.state.epoch, command: 'run' }, counted: null, faults: null, checkpoints: [], logThrough: 0 });
+      return after.tell({ type: 'workers', workers: table.workers }).tell({ type: 'ready' }).wait(1);
+    };
+    expect(recovered(recordOf(table.state)).state.kills.length).to.equal(1);
+    expect(recovered({ ...recordOf(table.state), kills: [] }).state.kills.length, 'of an epoch that is over').to.equal(0);
+    expect(recovered({ ...recordOf(table.state), phase: 'queued' }).state.kills.length, 'tried again').to.equal(0);
+  });
+});
+
+describe('run machine: gradients that are not finite', () => {
+  const skip = (table: Table, at: number): Table => {
+    const { id, data } = table.last('steps');
+    const bad = { ...report(at), skipped: true, nonFinite: 'model.layers.2.self_attn.q_proj.weight' };
+    return table.tell({ type: 'progress', id, data: { worker: 'a', epoch: (data as { epoch: number }).epoch, report: bad } });
+  };
+
+  it('skip the step on record, and too many in a row end the run, naming step, layer and tensor', () => {
+    const table = new Table({ parallelism: 1, maxNonFiniteSteps: 2 }, ['a']);
+    skip(table, 1);
+    expect(table.faults).to.deep.equal(['NON_FINITE']);
+    expect(table.state).to.include({ phase: 'running', step: 1 });
+    const { id } = table.last('steps');
+    table.tell({ type: 'progress', id, data: { worker: 'a', epoch: 0, report: report(2) } });
+    skip(skip(table, 3), 4);
+    expect(table.state.phase).to.equal('failed');
+    expect(table.state.shown.error).to.deep.include({ code: 'NON_FINITE', context: { step: 4, tensor: 'model.layers.2.self_attn.q_proj.weight', layer: 2 } });
   });
 });
 

@@ -317,6 +317,7 @@ export class Queues {
         stalledInterval: queue.stalledIntervalMs,
         maxStalledCount: RUNS_MAX_STALLED,
         drainDelay: 1,
+        runRetryDelay: redis.retryMaximumMs,
         autorun: true,
         removeOnComplete: { count: 0 },
         removeOnFail: { count: 0 },

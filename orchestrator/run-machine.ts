@@ -445,7 +445,8 @@ class Machine extends MachineDraft {
       return this.decide();
     }
     if (isFatal(error)) return this.fail(error);
-    if (error.code === 'GRADIENT_LOST' && ++this.state.losses > 1) this.distrustLog();
+    // What a local job lacks to begin, nobody has any more.
+    if (error.code === 'GRADIENT_LOST' && (activity?.kind === 'steps' || ++this.state.losses > 1)) this.distrustLog();
     this.replan(error);
   }
 

@@ -130,6 +130,7 @@ class Fake implements FakeWorker {
       stalledInterval: queue.stalledIntervalMs,
       maxStalledCount: queue.maxStalledCount,
       drainDelay: 1,
+      runRetryDelay: Math.min(queue.stalledIntervalMs, redis.retryMaximumMs),
     });
     worker.on('error', () => undefined);
     this.#workers.push(worker);

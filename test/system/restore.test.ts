@@ -16,7 +16,7 @@ import { expectedReport, stateAt } from '../support/fake-worker.ts';
 import { checkRun, readLines } from '../support/history.ts';
 
 describe('orchestrator: what Redis lost', function () {
-  this.timeout(60_000);
+  this.timeout(120_000);
   let cluster: FakeCluster;
   beforeEach(async () => {
     cluster = await FakeCluster.start();
@@ -24,7 +24,7 @@ describe('orchestrator: what Redis lost', function () {
   afterEach(() => cluster.stop());
 
   const directoryOf = (name: string): string => join(cluster.config.runs, name);
-  const stepReached = (run: Run, step: number): Promise<void> => until(`step ${step}`, async () => (await run.record()).step >= step);
+  const stepReached = (run: Run, step: number): Promise<void> => until(`step ${step}`, async () => (await run.record()).step >= step, 40_000);
 
   const expectUndisturbed = (name: string, record: RunRecord, changes: Partial<RunSpecInput>): void => {
     const spec = cluster.checked(name, changes);

@@ -80,7 +80,7 @@ describe('orchestrator: the life of a run', function () {
     await cluster.work('w1', { shardMs: 3 });
     const run = await cluster.client.train(cluster.spec('twice', { steps: 40 }));
     for (const step of [12, 25]) {
-      await until(`step ${step}`, async () => (await run.record()).step >= step);
+      await until(`step ${step}`, async () => (await run.record()).step >= step, 40_000);
       expect(await refusal(run.retry())).to.equal('RUN_STATE');
       await run.cancel();
       expect(await run.ended()).to.include({ phase: 'cancelled' });

@@ -14,7 +14,7 @@ import { stateAt } from '../support/fake-worker.ts';
 import { checkRun, readLines } from '../support/history.ts';
 
 describe('orchestrator: runs that share workers', function () {
-  this.timeout(60_000);
+  this.timeout(120_000);
   let cluster: FakeCluster;
   const start = async (settings: Record<string, object> = {}): Promise<void> => {
     cluster = await FakeCluster.start(settings);
@@ -22,7 +22,7 @@ describe('orchestrator: runs that share workers', function () {
   };
   afterEach(() => cluster.stop());
 
-  const stepReached = (run: Run, step: number): Promise<void> => until(`step ${step} of ${run.id}`, async () => (await run.record()).step >= step);
+  const stepReached = (run: Run, step: number): Promise<void> => until(`step ${step} of ${run.id}`, async () => (await run.record()).step >= step, 40_000);
   const linesOf = (name: string): StepLine[] => readLines<StepLine>(join(cluster.config.runs, name, 'metrics.jsonl'));
   const quiet: Partial<RunSpecInput> = { evaluation: { every: 0, sequences: 1 }, checkpoint: { every: 0 } };
   const train = (name: string, changes: Partial<RunSpecInput>): Promise<Run> => cluster.client.train(cluster.spec(name, { ...quiet, ...changes }));

@@ -716,6 +716,33 @@ describe('run machine: gradients that are not finite', () => {
   });
 });
 
+describe('run machine: a Redis that was started anew', () => {
+  it('makes what was under way void, by a new epoch, and plans it again; a pause stays one', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    const { epoch } = table.state;
+    const old = table.last('steps');
+    table.tell({ type: 'restarted' });
+    expect(table.faults).to.deep.equal(['REDIS_LOST']);
+    expect(table.state.epoch).to.equal(epoch + 1);
+    expect(table.last('steps').id).not.to.equal(old.id);
+    table.tell({ type: 'completed', id: old.id, result: {} });
+    expect(table.counted).to.deep.equal([]);
+    table.completeSteps(2).tell({ type: 'wish', wish: 'pause' });
+    table.tell({ type: 'restarted' });
+    expect(table.state.phase).to.be.oneOf(['pausing', 'paused']);
+    expect(table.effects.flatMap((effect) => (effect.type === 'control' ? [effect.control] : [])).at(-1)!.epoch).to.equal(table.state.epoch);
+  });
+
+  it('a claim that it forgot is made again before any job is added', () => {
+    const table = new Table({ parallelism: 1 }, ['a']);
+    table.workers = [worker('a')];
+    const before = table.effects.length;
+    table.tell({ type: 'workers', workers: table.workers }).tell({ type: 'restarted' });
+    const after = table.effects.slice(before).map(({ type }) => type);
+    expect(after.indexOf('claim')).to.be.above(-1).and.to.be.below(after.indexOf('add'));
+  });
+});
+
 describe('run machine: silence', () => {
   it('a job unheard of is looked up; a long silence is recorded once, and waited through', () => {
     const table = new Table({ parallelism: 1 }, ['a']);

@@ -129,7 +129,7 @@ export function encodeFailure(error: unknown): string {
   return JSON.stringify(toErrorRecord(error));
 }
 
-/** The other way round. A reason that is not ours (BullMQ's own: a stalled job, a failed child) is WORKER_LOST or a BUG. */
+/** The other way round. A reason that is not ours (BullMQ's own) is WORKER_LOST for a stalled job, TIMEOUT for a failed child, else a BUG. */
 export function decodeFailure(reason: string): ErrorRecord {
   if (reason.startsWith('{')) {
     try {
@@ -143,6 +143,8 @@ export function decodeFailure(reason: string): ErrorRecord {
   }
   const named = /^([A-Z_]+): (.*)$/s.exec(reason);
   if (named !== null && (named[1] as string) in ERROR_KINDS) return { code: named[1] as ErrorCode, message: named[2]!, context: {} };
+  // The child's own failure says why; that of its parent, which may be heard first, must not end a run that the other would not.
+  if (/^child .* failed$/.test(reason)) return { code: 'TIMEOUT', message: `a job that it waited for failed (${reason})`, context: {} };
   if (/stalled/.test(reason)) return { code: 'WORKER_LOST', message: `the job lost its worker too often (${reason})`, context: {} };
   return { code: 'BUG', message: reason, context: {} };
 }

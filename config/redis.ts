@@ -52,6 +52,8 @@ function connectionOptions(url: string, config: Config, purpose: Purpose): Redis
   const options: RedisOptions = {
     lazyConnect: true,
     connectTimeout: config.redis.connectTimeoutMs,
+    // A network that forgot a connection tells nobody: without this a command on it would wait for ever.
+    socketTimeout: config.redis.silenceMs,
     maxRetriesPerRequest: purpose === 'blocking' ? null : 20,
     enableReadyCheck: true,
     // Neither needed nor allowed to a user of the least set of commands.
@@ -125,6 +127,13 @@ export function openRedis(url: string, config: Config, purpose: Purpose, onError
   return redis;
 }
 
+/** Throws REDIS_POLICY when the server at `url` may evict keys. */
+export async function requirePolicy(redis: Redis, url: string): Promise<void> {
+  const policy = /maxmemory_policy:(\S+)/.exec(await redis.info('memory'))?.[1];
+  if (policy === 'noeviction') return;
+  throw new NnError('REDIS_POLICY', `Redis at ${redactUrl(url)} has maxmemory-policy ${policy}, which may drop jobs; set it to noeviction`, { policy });
+}
+
 /**
  * Connects once, within connectTimeoutMs, and checks that this Redis will do: reachable, password right, noeviction, and
  * its user allowed what is needed. Throws REDIS_UNAVAILABLE, REDIS_AUTH, REDIS_TLS or REDIS_POLICY. Called by every process before it does anything else.
@@ -137,10 +146,7 @@ export async function checkRedis(url: string, config: Config): Promise<void> {
   });
   try {
     await redis.connect();
-    const policy = /maxmemory_policy:(\S+)/.exec(await redis.info('memory'))?.[1];
-    if (policy !== 'noeviction') {
-      throw new NnError('REDIS_POLICY', `Redis at ${redactUrl(url)} has maxmemory-policy ${policy}, which may drop jobs; set it to noeviction`, { policy });
-    }
+    await requirePolicy(redis, url);
     await checkPermissions(redis, url, config.redis.prefix);
   } catch (error) {
     if (error instanceof NnError) throw error;

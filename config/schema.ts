@@ -32,6 +32,7 @@ const schema = {
     prefix: text('Prefix of every key', 'CUDA_NN_REDIS_PREFIX', 'nn'),
     server: text('Program to embed; empty: redis-server or valkey-server on the PATH', 'CUDA_NN_REDIS_SERVER', ''),
     connectTimeoutMs: knob('Milliseconds until a first connection is given up', 'CUDA_NN_REDIS_CONNECT_TIMEOUT_MS', 10_000, 100, 600_000),
+    silenceMs: knob('A connection on which a command waits for so long without a byte is given up and opened anew, milliseconds', 'CUDA_NN_REDIS_SILENCE_MS', 20_000, 1_000, 3_600_000),
     retryMaximumMs: knob('Longest pause between reconnections, milliseconds', 'CUDA_NN_REDIS_RETRY_MAXIMUM_MS', 2_000, 10, 60_000),
   },
   queue: {

@@ -9,6 +9,7 @@ import { randomUUID } from 'node:crypto';
 import { join, resolve } from 'node:path';
 import type { Logger } from 'pino';
 import { NnError, toErrorRecord } from '../config/errors.ts';
+import type { ErrorRecord } from '../config/errors.ts';
 import type { Control } from '../config/keys.ts';
 import { PROTOCOL, TERMINAL_PHASES } from '../config/messages.ts';
 import type { RunEvent, RunFault, RunRecord } from '../config/messages.ts';
@@ -44,6 +45,8 @@ export interface DriverContext {
   readonly onWish: (run: string, heard: () => void) => () => void;
   /** Calls back when another process of Redis answers than before: it may have lost the last writes. */
   readonly onRestart: (heard: () => void) => () => void;
+  /** Calls with what goes wrong around all runs, now and later; returns how to stop that. */
+  readonly onTrouble: (heard: (what: string, error: ErrorRecord) => void) => () => void;
   /** Whether this orchestrator drives other runs. */
   readonly othersActive: (run: string) => boolean;
 }
@@ -131,6 +134,7 @@ export class Driver {
       stops.push(() => this.#signal.removeEventListener('abort', aborted));
       if (this.#signal.aborted) aborted();
       this.#hearWorkers();
+      stops.push(this.#context.onTrouble((what, error) => this.#hear({ type: 'fault', what, error })));
       void this.#readWish();
       return await this.#ended;
     } catch (error) {

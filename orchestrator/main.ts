@@ -17,6 +17,7 @@ import type { Config } from '../config/schema.ts';
 import { Driver } from './driver.ts';
 import type { DriverContext } from './driver.ts';
 import { ExchangeKeys } from './exchange-keys.ts';
+import { Policies } from './policies.ts';
 import { Queues } from './queues.ts';
 import { claimDirectory, readRecordFile, writeRecordFile } from './run-directory.ts';
 import { RunStore } from './run-store.ts';
@@ -60,6 +61,8 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
       for (const heard of restarts) heard();
     }).catch(onError);
   });
+  const policies = new Policies(new Map([[url, redis], [exchangeUrl, exchangeRedis]]), logger);
+  const policyTimer = setInterval(() => void policies.look(), config.orchestrator.lookupMs);
 
   const active = new Set<string>();
   const context: DriverContext = {
@@ -79,6 +82,7 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
       restarts.add(heard);
       return () => restarts.delete(heard);
     },
+    onTrouble: (heard) => policies.listen(heard),
     othersActive: (run) => [...active].some((other) => other !== run),
   };
   const serving = queues.serveRuns(async (run, signal) => {
@@ -122,6 +126,7 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
     stop: async () => {
       clearInterval(timer);
       await serving.stop();
+      clearInterval(policyTimer);
       watch.stop();
       await queues.close();
       for (const connection of new Set([subscriber, exchangeRedis, redis])) connection.disconnect();

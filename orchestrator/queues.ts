@@ -21,7 +21,7 @@ const RUNS_MAX_STALLED = 1_000_000;
 const EVENTS_KEPT = 10_000;
 /** The events of `runs` have no reader. */
 const RUNS_EVENTS_KEPT = 10;
-/** Milliseconds that a blocked read of events lasts before it is begun anew. */
+/** Most milliseconds that a blocked read of events lasts before it is begun anew. */
 const EVENTS_BLOCK_MS = 10_000;
 
 export type JobEvent =
@@ -153,7 +153,7 @@ export class Queues {
       skipVersionCheck: true,
       autorun: true,
       lastEventId: last?.[0] ?? '0-0',
-      blockingTimeout: EVENTS_BLOCK_MS,
+      blockingTimeout: Math.min(EVENTS_BLOCK_MS, this.#config.redis.silenceMs / 2),
     });
     events.on('error', this.#onError);
     events.on('progress', ({ jobId, data }) => this.#tell({ type: 'progress', id: jobId, data }));

@@ -40,6 +40,9 @@ const JOBS: Readonly<Record<ServedQueue, readonly JobTask[]>> = {
   generate: ['generate'],
 };
 
+/** Most seconds that a look into an empty queue waits there for a job before it is begun anew. */
+const DRAIN_DELAY_SECONDS = 5;
+
 /** Jobs that end early, or not at all, at the word of the control; the others are over soon and heed only `drop`. */
 const STOPPABLE: readonly JobTask[] = ['steps', 'shard', 'reduce'];
 
@@ -176,6 +179,7 @@ export class Island {
       name: this.#options.id,
       // A checkpoint that is being written stays active beside the job on the device; the gate keeps the device to one at a time.
       concurrency: own && queue === 'train' ? 2 : 1,
+      drainDelay: Math.min(DRAIN_DELAY_SECONDS, redis.silenceMs / 2000),
       lockDuration: knobs.lockDurationMs,
       lockRenewTime: knobs.lockDurationMs / 2,
       stalledInterval: knobs.stalledIntervalMs,

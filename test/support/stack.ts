@@ -35,7 +35,7 @@ export interface StackOptions {
 
 /** Times so short that a death is noticed within a second. */
 export const QUICK: Record<string, object> = {
-  redis: { retryMaximumMs: 200 },
+  redis: { retryMaximumMs: 200, silenceMs: 2_000 },
   queue: { lockDurationMs: 1_500, stalledIntervalMs: 500, backoffMs: 20 },
   worker: { heartbeatMs: 100, deadAfterMs: 800, restartBackoffMs: 50, healthyMs: 1_000, drainMs: 5_000, controlPollMs: 200 },
   orchestrator: { watchMs: 50, lookupMs: 500, requestTimeoutMs: 10_000 },

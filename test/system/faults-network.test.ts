@@ -1,0 +1,134 @@
+/**
+ * Redis that dies, is full, stands still or is changed under way, and a network that goes silent: everything waits and goes
+ * on. Each run ends with the weights of the undisturbed one, and its history shows that each (step, shard) counted once.
+ */
+import type { RunSpecInput } from '../../config/run-spec.ts';
+import { Stack, until } from '../support/stack.ts';
+import type { Silence } from '../support/proxy.ts';
+import type { RedisServer } from '../support/redis.ts';
+
+const STEPS = 40;
+/** A step of this takes some 50 ms, so that what happens to it happens under way. */
+const SPEC: Partial<RunSpecInput> = { steps: STEPS, batch: { shards: 4, microBatches: 1, sequences: 8, sequenceLength: 64 }, checkpoint: { every: 10, keep: 2 } };
+/** Milliseconds for which the network is silent: longer than the lock and the death of a worker, and than a dead connection is borne. */
+const SILENT_MS = 2_200;
+/** `NN_OUTAGE_MS=60000` is the outage of a minute; times are short here, so that a few seconds are several times all of them. */
+const OUTAGE_MS = Number(process.env['NN_OUTAGE_MS'] ?? 5_000);
+
+describe('faults: Redis and the network', function () {
+  this.timeout(120_000 + 2 * OUTAGE_MS);
+  let stack: Stack;
+  let reference: string;
+
+  before(async () => {
+    stack = await Stack.start({ proxied: true });
+    await stack.orchestrate();
+    await stack.work(2);
+    await stack.train('calm', { ...SPEC, parallelism: 1 });
+    reference = (await stack.finish('calm')).weightsDigest!;
+  });
+  after(() => stack?.stop());
+
+  const pause = (milliseconds: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, milliseconds));
+  /** Trains, breaks something when the run is on its way, and holds the run to its promise. */
+  const disturbed = async (name: string, parallelism: number, fault: (name: string) => Promise<void>): Promise<void> => {
+    await stack.train(name, { ...SPEC, parallelism });
+    await stack.reached(name, 5);
+    await fault(name);
+    await stack.prove(name, reference, 60_000 + OUTAGE_MS);
+  };
+  const WAYS = [['local', 1], ['flow', 2]] as const;
+
+  for (const [way, parallelism] of WAYS) {
+    it(`SIGKILL of both servers, and a restart (${way})`, () =>
+      disturbed(`servers-${way}`, parallelism, async () => {
+        await stack.redis.kill();
+        await stack.redis.start();
+      }));
+
+    it(`an outage of ${OUTAGE_MS / 1000} s: nothing fails, everything goes on (${way})`, () =>
+      disturbed(`outage-${way}`, parallelism, async () => {
+        await stack.redis.kill();
+        await pause(OUTAGE_MS);
+        await stack.redis.start();
+      }));
+  }
+
+  for (const role of ['queues', 'exchange'] as const) {
+    it(`SIGKILL of the server of the ${role} alone (flow)`, () =>
+      disturbed(`server-${role}`, 2, async () => {
+        await stack.redis[role].kill();
+        await stack.redis[role].start();
+      }));
+  }
+
+  it('a Redis that stands still for a while (flow)', () =>
+    disturbed('still', 2, async () => {
+      stack.redis.queues.pause();
+      stack.redis.exchange.pause();
+      await pause(SILENT_MS);
+      stack.redis.queues.resume();
+      stack.redis.exchange.resume();
+    }));
+
+  for (const [way, parallelism] of WAYS) {
+    for (const who of ['workers', 'orchestrators'] as const) {
+      it(`the network of the ${who} goes silent, one way and both, and lives again or is cut (${way})`, async () => {
+        const name = `silent-${who}-${way}`;
+        const network = who === 'workers' ? stack.workersNetwork! : stack.orchestratorsNetwork!;
+        const proxies = [network.queues, network.exchange];
+        const silences: [Silence, 'heal' | 'cut'][] = way === 'local' ? [['up', 'heal'], ['down', 'cut']] : [['down', 'heal'], ['up', 'cut'], ['both', 'heal']];
+        await stack.train(name, { ...SPEC, parallelism });
+        for (const [silence, end] of silences) {
+          // Each comes when the run has gone on after the one before.
+          await stack.reached(name, Math.min(STEPS, stack.counted(name) + 3));
+          for (const proxy of proxies) proxy.silence(silence);
+          await pause(SILENT_MS);
+          for (const proxy of proxies) proxy[end]();
+        }
+        await stack.prove(name, reference);
+      });
+    }
+  }
+
+  it('connections that fell silent for ever are given up, and opened anew (flow)', () =>
+    disturbed('stranded', 2, async () => {
+      for (const network of [stack.workersNetwork!, stack.orchestratorsNetwork!]) {
+        network.queues.strand();
+        network.exchange.strand();
+      }
+      await Promise.resolve();
+    }));
+
+  for (const [way, parallelism] of WAYS) {
+    it(`CLIENT KILL of every connection, of those that listen too (${way})`, () =>
+      disturbed(`client-kill-${way}`, parallelism, async (name) => {
+        for (let round = 0; round < 3; round++) {
+          for (const server of [stack.redis.queues, stack.redis.exchange]) {
+            for (const type of ['normal', 'pubsub']) await server.call('CLIENT', 'KILL', 'TYPE', type);
+          }
+          await stack.reached(name, Math.min(STEPS, stack.counted(name) + 4));
+        }
+      }));
+  }
+
+  const full = async (servers: readonly RedisServer[]): Promise<void> => {
+    for (const server of servers) await server.call('CONFIG', 'SET', 'maxmemory', '1mb');
+    await pause(SILENT_MS);
+    for (const server of servers) await server.call('CONFIG', 'SET', 'maxmemory', '0');
+  };
+  for (const [way, parallelism] of WAYS) {
+    it(`a Redis out of memory for a while (${way})`, () => disturbed(`memory-${way}`, parallelism, () => full([stack.redis.queues, stack.redis.exchange])));
+  }
+
+  it('an eviction policy that is changed under way is noticed, and told in the record', () =>
+    disturbed('policy', 2, async (name) => {
+      await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'allkeys-lru');
+      try {
+        const noticed = async (): Promise<boolean> => (await stack.client.run(name).record()).faults.some(({ error }) => error.code === 'REDIS_POLICY');
+        await until('the fault', noticed, 20_000);
+      } finally {
+        await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'noeviction');
+      }
+    }));
+});

@@ -6,13 +6,15 @@
  * float64 reference within the case's tolerance; the bits are the same again, and with 1, 2 and 3 threads on the CPU; an output
  * that may alias an input gives the same bits when it does; an `add` output gives the bits of zeros + contribution, added once.
  *
- * The suite runs for the CPU library and for the CUDA library; CUDA_NN_TEST_DEVICE=cpu|cuda picks one. Without a GPU the CUDA half
- * is skipped, with the reason and the count on stderr.
+ * The suite runs for the CPU library and for the CUDA library, there in bf16 too (bf16.ts); CUDA_NN_TEST_DEVICE=cpu|cuda picks one.
+ * Without a GPU the CUDA half is skipped, with the reason and the count on stderr.
  */
 import { expect } from 'chai';
 import { Device, describeDevices, slice } from '../../cuda/device.ts';
 import type { DType, DeviceDescription, Kernels, Tensor, TypedArray, WorkspaceSizes } from '../../cuda/device.ts';
 import { errorCode } from '../../config/errors.ts';
+import { compareHalf, inBf16, signatures } from './bf16.ts';
+import type { HalfCase } from './bf16.ts';
 import type { Numbers } from './reference.ts';
 
 export interface CaseBuffer {
@@ -226,7 +228,46 @@ export function forEachLibrary(title: string, count: number, body: (library: 'cp
   }
 }
 
-/** One mocha test for each case and library. */
+/** A case in bf16: near the CPU's float32, to the same bits again, in place where that is allowed, `add` outputs added once. */
+export function checkHalf(device: Device, cpu: Device, one: HalfCase): void {
+  const result = execute(device, one.half, 'zeros');
+  compareHalf(one, result, execute(cpu, one.plain, 'zeros'));
+  sameBits('in run 2', one.half, result, execute(device, one.half, 'zeros'));
+  for (const alias of one.half.aliases ?? []) {
+    const aliased = { ...one.half, buffers: { [alias[0]]: one.half.buffers[alias[0]]! } };
+    sameBits(`when ${alias[0]} is ${alias[1]}`, aliased, result, execute(device, one.half, 'values', alias));
+  }
+  if (!Object.values(one.half.buffers).some(({ way }) => way === 'add')) return;
+  const added = execute(device, one.half, 'values');
+  for (const [name, { way, values }] of Object.entries(one.half.buffers)) {
+    if (way !== 'add') continue;
+    const sum = Float32Array.from(values as Float32Array, (value, i) => value + (result[name] as Float32Array)[i]!);
+    compare(`${name} (accumulated)`, added[name]!, sum, EXACT);
+  }
+}
+
+/** The cases in bf16 on a GPU: with outputs in bf16, and products with outputs in float32. `make` is called where there is a GPU only; it makes about `count`. */
+export function describeInBf16(title: string, count: number, make: () => readonly Case[]): void {
+  forEachLibrary(`${title} in bf16`, count, (library) => {
+    if (library === 'cpu') return;
+    let devices: [Device, Device] | undefined;
+    before(() => {
+      devices = [Device.open({ library, index: 0, threads: 0 }), Device.open({ library: 'cpu', index: 0, threads: 0 })];
+    });
+    after(() => {
+      for (const device of devices ?? []) device.close();
+    });
+    const known = signatures();
+    for (const one of make()) {
+      for (const wideOut of [false, true]) {
+        const half = inBf16(one, known, wideOut);
+        if (half !== undefined) it(`${one.kernel} ${one.sizes}${wideOut ? ', to float32' : ''}`, () => checkHalf(...devices!, half));
+      }
+    }
+  });
+}
+
+/** One mocha test for each case and library; on a GPU another in bf16. */
 export function describeKernels(title: string, cases: readonly Case[]): void {
   forEachLibrary(title, cases.length, (library) => {
     let devices: Device[] = [];
@@ -240,4 +281,5 @@ export function describeKernels(title: string, cases: readonly Case[]): void {
       if (one.libraries === undefined || one.libraries.includes(library)) it(`${one.kernel} ${one.sizes}`, () => checkCase(devices, one));
     }
   });
+  describeInBf16(title, cases.length, () => cases);
 }

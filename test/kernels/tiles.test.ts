@@ -1,0 +1,5 @@
+/** The tensor-core kernels in bf16 at the borders of their tiles (tiles.ts), on a GPU; skips loudly without one. */
+import { describeInBf16 } from './harness.ts';
+import { tileCases } from './tiles.ts';
+
+describeInBf16('tensor-core tiles', 130, tileCases);

@@ -1,0 +1,116 @@
+/**
+ * bf16 at the borders of what the tensor-core kernels are cut into: product tiles of 128 x 256 x 64, rows that are gathered by the loads and
+ * rows that are packed first (2,048 slots), attention tiles of 64, 128 and 192 rows, sequences that end inside of one, chunks of the
+ * loss. The reference is the CPU (bf16.ts), so that sizes may be what would take JavaScript minutes. Used by tiles.test.ts on a GPU.
+ */
+import type { Case } from './harness.ts';
+import { accumulate, define, input, integers, numbers, output } from './harness.ts';
+
+const never = (): never => {
+  throw new Error('these cases are compared with the CPU');
+};
+const tolerance = { absolute: 0, relative: 0, why: 'not used: bf16.ts has its own' };
+
+const products = (): Case[] => ([[127, 256, 64], [128, 264, 128], [129, 512, 192], [257, 320, 1088], [1, 768, 768], [300, 896, 768], [1025, 64, 72]] as const).flatMap(([m, n, k]): Case[] =>
+  ([[0, 0], [0, 1], [1, 0], [1, 1]] as const).flatMap(([ta, tb]): Case[] => [
+    define({
+      kernel: 'gemm', sizes: `${m}x${n}x${k}, transposes ${ta}${tb}`, buffers: { c: output('f32', m * n), a: input(numbers(m * k, 1)), b: input(numbers(n * k, 2)) },
+      run: (kernels, t) => kernels.gemm(t.c, t.a, t.b, m, n, k, ta, tb, 'f32', 'f32'), expected: never, tolerance,
+    }),
+    define({
+      kernel: 'gemm_beta', sizes: `${m}x${n}x${k}, transposes ${ta}${tb}, accumulating`,
+      buffers: { c: accumulate(numbers(m * n, 3)), a: input(numbers(m * k, 1)), b: input(numbers(n * k, 2)) },
+      run: (kernels, t) => kernels.gemmBeta(t.c, t.a, t.b, m, n, k, ta, tb, 1, 1, 'f32', 'f32'), expected: never, tolerance,
+    }),
+  ]),
+);
+
+/** Slots of T tokens with K different experts of the first `used`, sorted. */
+function routed(T: number, E: number, K: number, used: number) {
+  const first = integers(T, 5, used);
+  const index = Int32Array.from({ length: T * K }, (_, i) => (first[Math.floor(i / K)]! + (i % K)) % used);
+  const order = Array.from(index.keys()).sort((a, b) => index[a]! - index[b]! || a - b);
+  const offsets = new Int32Array(E + 1);
+  for (const expert of index) offsets[expert + 1]!++;
+  for (let e = 0; e < E; e++) offsets[e + 1]! += offsets[e]!;
+  const weight = numbers(T * K, 6, 0.3);
+  const slotOf = new Int32Array(T * K);
+  for (const [slot, pair] of order.entries()) slotOf[pair] = slot;
+  return {
+    offsets: input(offsets), slotToken: input(Int32Array.from(order, (pair) => Math.floor(pair / K))), slotOf: input(slotOf),
+    slotWeight: input(Float32Array.from(order, (pair) => weight[pair]!)),
+  };
+}
+
+/** 700 x 4 slots are packed, 500 x 4 are not. */
+const experts = (): Case[] => ([[700, 128, 192, 5, 4, 5], [500, 128, 192, 5, 4, 5], [513, 64, 320, 8, 4, 4], [1100, 192, 64, 3, 2, 3], [130, 256, 768, 4, 2, 3]] as const).flatMap(
+  ([T, H, F, E, K, used]): Case[] => {
+    const N = T * K;
+    const { offsets, slotToken, slotOf, slotWeight } = routed(T, E, K, used);
+    const [x, h, gateUp] = [input(numbers(T * H, 11)), input(numbers(N * F, 12)), input(numbers(N * 2 * F, 13))];
+    const [up, down] = [input(numbers(E * 2 * F * H, 14, H ** -0.5)), input(numbers(E * H * F, 15, F ** -0.5))];
+    const common = { sizes: `T ${T}, H ${H}, F ${F}, E ${E} (${used} used), K ${K}`, expected: never, tolerance, workspace: { T, S: T, H, F, E, K } };
+    return [
+      define({
+        ...common, kernel: 'moe_up_forward', buffers: { h: output('f32', N * F), gateUp: output('f32', N * 2 * F), x, slotToken, offsets, up },
+        run: (k, t) => k.moeUpForward(t.h, t.gateUp, t.x, t.slotToken, t.offsets, t.up, T, H, F, E, K, 'f32'),
+      }),
+      define({
+        ...common, kernel: 'moe_down_forward', buffers: { y: output('f32', N * H), h, offsets, down },
+        run: (k, t) => k.moeDownForward(t.y, t.h, t.offsets, t.down, T, H, F, E, K, 'f32'),
+      }),
+      define({
+        ...common, kernel: 'moe_down_backward',
+        buffers: { dgateUp: output('f32', N * 2 * F), weightedH: output('f32', N * F), dweight: output('f32', N), dout: x, gateUp, slotToken, slotWeight, slotOf, offsets, down },
+        run: (k, t) => k.moeDownBackward(t.dgateUp, t.weightedH, t.dweight, t.dout, t.gateUp, null, t.slotToken, t.slotWeight, t.slotOf, t.offsets, t.down, T, H, F, E, K, 'f32'),
+      }),
+      define({
+        ...common, kernel: 'moe_down_weight_gradient', buffers: { dw: accumulate(numbers(E * H * F, 16)), dout: x, h, slotToken, offsets },
+        run: (k, t) => k.moeDownWeightGradient(t.dw, t.dout, t.h, t.slotToken, t.offsets, T, H, F, E, K, 'f32'),
+      }),
+      define({
+        ...common, kernel: 'moe_up_backward', buffers: { dx: output('f32', N * H), gateUp, offsets, up },
+        run: (k, t) => k.moeUpBackward(t.dx, t.gateUp, t.offsets, t.up, T, H, F, E, K, 'f32'),
+      }),
+      define({
+        ...common, kernel: 'moe_up_weight_gradient', buffers: { dw: accumulate(numbers(E * 2 * F * H, 17)), gateUp, x, slotToken, offsets },
+        run: (k, t) => k.moeUpWeightGradient(t.dw, t.gateUp, t.x, t.slotToken, t.offsets, T, H, F, E, K, 'f32'),
+      }),
+    ];
+  },
+);
+
+/** The backward gets any rows as the forward's output: what is compared is the function, which takes them as they are. */
+const attention = (): Case[] => ([[1, 128, 12, 1, 64], [2, 191, 12, 1, 64], [1, 193, 4, 2, 64], [1, 385, 12, 1, 64], [1, 1029, 12, 1, 64], [1, 260, 3, 1, 128], [2, 200, 4, 1, 32]] as const).flatMap(
+  ([B, S, Q, G, D]): Case[] => {
+    const width = (Q + 2 * G) * D;
+    const qkv = input(numbers(B * S * width, S, 0.6).map((value) => Math.max(-4, Math.min(4, value))));
+    const common = { sizes: `B=${B} S=${S} Q=${Q} G=${G} D=${D}`, expected: never, tolerance, workspace: { T: B * S, S, Q, G, D } };
+    return [
+      define({
+        ...common, kernel: 'flash_attention_forward', buffers: { out: output('f32', B * S * Q * D), logSumExp: output('f32', B * Q * S), qkv },
+        run: (k, t) => k.flashAttentionForward(t.out, t.logSumExp, t.qkv, B, S, Q, G, D, 'f32'),
+      }),
+      define({
+        ...common, kernel: 'flash_attention_backward',
+        buffers: { dqkv: output('f32', B * S * width), dout: input(numbers(B * S * Q * D, 3)), out: input(numbers(B * S * Q * D, 4, 0.2)), logSumExp: input(new Float32Array(B * Q * S).fill(6)), qkv },
+        run: (k, t) => k.flashAttentionBackward(t.dqkv, t.dout, t.out, t.logSumExp, t.qkv, B, S, Q, G, D, 'f32'),
+      }),
+    ];
+  },
+);
+
+/** Two chunks of the loss and a rest. */
+const losses = (): Case[] => ([[2100, 128, 1024]] as const).map(([T, H, V]) =>
+  define({
+    kernel: 'linear_cross_entropy', sizes: `T=${T} H=${H} V=${V}`, expected: never, tolerance, workspace: { T, H, V },
+    buffers: {
+      loss: output('f32', T), dx: output('f32', T * H), dw: accumulate(numbers(V * H, 1)), x: input(numbers(T * H, 2)), target: input(integers(T, 3, V)),
+      w: input(numbers(V * H, 4, 0.1)),
+    },
+    run: (k, t) => k.linearCrossEntropy(t.loss, t.dx, t.dw, t.x, t.target, t.w, T, H, V, 1 / T, 'f32'),
+  }),
+);
+
+/** All of them; making them takes a second. */
+export const tileCases = (): Case[] => [...products(), ...experts(), ...attention(), ...losses()];

@@ -12,7 +12,7 @@ import { NnError, toErrorRecord } from '../config/errors.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import type { Control } from '../config/keys.ts';
 import { PROTOCOL, TERMINAL_PHASES } from '../config/messages.ts';
-import type { RunEvent, RunFault, RunRecord } from '../config/messages.ts';
+import type { RunEvent, RunFault, RunRecord, StepReport } from '../config/messages.ts';
 import { parseRunSpec } from '../config/run-spec.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import type { Config } from '../config/schema.ts';
@@ -356,6 +356,9 @@ export class Driver {
       case 'metrics':
         this.#append('metrics', () => this.#metrics.append(effect.line));
         return null;
+      case 'recount':
+        this.#compare(effect.report);
+        return null;
       case 'history':
         this.#append('history', () => this.#history.append(effect.event));
         return null;
@@ -450,6 +453,14 @@ export class Driver {
     } catch (error) {
       this.#logger.warn(toErrorRecord(error), 'fault not written down');
     }
+  }
+
+  /** The same step twice, with other numbers: one of the two was computed wrongly. */
+  #compare(report: StepReport): void {
+    const difference = this.#metrics.difference(report);
+    if (difference === null) return;
+    const message = `step ${report.step} is not what it was: ${difference}; a worker or its device has a fault`;
+    this.#hear({ type: 'fault', what: `step ${report.step} computed again`, error: { code: 'REPLICA_DIVERGED', message, context: { step: report.step } } });
   }
 
   /** What may have ended without our hearing of it. The first of a flow is its parent. */

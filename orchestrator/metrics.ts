@@ -18,12 +18,16 @@ export interface EvalLine {
   readonly atMs: number;
 }
 
+/** Steps of which it is remembered what they reported, the newest. */
+const REMEMBERED = 20_000;
+
 export class RunMetrics {
   readonly #steps: LineFile;
   readonly #evals: LineFile;
   readonly #board: TensorBoardWriter;
   #lastStep: number;
   #lastEvalStep: number;
+  readonly #fingerprints = new Map<number, string>();
   /** What the files held at the beginning; null: there were none. */
   readonly counted: Recovered['counted'];
 
@@ -33,6 +37,7 @@ export class RunMetrics {
     this.#evals = new LineFile(join(directory, 'evals.jsonl'), true);
     const steps = this.#steps.takeLines();
     this.counted = steps === null ? null : countLines(steps as StepLine[], (this.#evals.takeLines() ?? []) as EvalLine[]);
+    for (const line of ((steps ?? []) as StepLine[]).slice(-REMEMBERED)) this.#fingerprints.set(line.step, fingerprint(line));
     this.#lastStep = this.counted?.step ?? 0;
     this.#lastEvalStep = this.counted?.lastEvalStep ?? -1;
     this.#board = new TensorBoardWriter(directory, atMs);
@@ -44,6 +49,8 @@ export class RunMetrics {
       const { report, tokensPerSecond, epoch, atMs } = line;
       if (report.step <= this.#lastStep) return;
       this.#lastStep = report.step;
+      this.#fingerprints.set(report.step, fingerprint(report));
+      this.#fingerprints.delete(report.step - REMEMBERED);
       this.#board.append(line);
       this.#steps.append({ ...report, tokensPerSecond, epoch, atMs } satisfies StepLine);
     } else {
@@ -52,6 +59,16 @@ export class RunMetrics {
       this.#board.append(line);
       this.#evals.append({ step: line.step, loss: line.loss, atMs: line.atMs } satisfies EvalLine);
     }
+  }
+
+  /** How the report of a step that was computed again differs from the one before; null: it does not, as far as is remembered. */
+  difference(report: StepReport): string | null {
+    const counted = this.#fingerprints.get(report.step);
+    const again = fingerprint(report);
+    if (counted === undefined || counted === again) return null;
+    // Told once: the same report comes as progress, and in the result.
+    this.#fingerprints.set(report.step, again);
+    return `before ${counted}, now ${again}`;
   }
 
   /** Everything appended is on the disk when this returns. Throws DISK_FULL. */
@@ -67,8 +84,11 @@ export class RunMetrics {
   }
 }
 
+/** The numbers of a step that follow from its bits. */
+const fingerprint = ({ loss, gradientNorm, skipped }: StepReport): string => `loss ${loss}, norm ${gradientNorm}${skipped ? ', skipped' : ''}`;
+
 function countLines(steps: readonly StepLine[], evals: readonly EvalLine[]): NonNullable<Recovered['counted']> {
-  let step = 0;
+  let step = (steps[0]?.step ?? 1) - 1;
   let skippedInARow = 0;
   let lastReport: StepReport | null = null;
   for (const { tokensPerSecond: _speed, epoch: _epoch, atMs: _at, ...report } of steps) {

@@ -827,7 +827,7 @@ class Machine extends MachineDraft {
   /** Appends the report if it is the next one, and those that waited for it; anything else changes nothing. */
   private count(report: StepReport, source: StepSource): void {
     const state = this.state;
-    if (report.step <= state.step) return;
+    if (report.step <= state.step) return void this.effects.push({ type: 'recount', report });
     if (report.step > state.step + 1) {
       state.early = new Map(state.early).set(report.step, { report, source });
       return;

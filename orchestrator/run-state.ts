@@ -263,6 +263,8 @@ export type Effect =
   | { readonly type: 'remove'; readonly jobs: readonly JobAddress[] }
   | { readonly type: 'lookup'; readonly jobs: readonly JobAddress[] }
   | { readonly type: 'metrics'; readonly line: MetricsLine }
+  /** A step that counted before was computed again: it must be the same. */
+  | { readonly type: 'recount'; readonly report: StepReport }
   /** Follows the effect that it tells of. */
   | { readonly type: 'history'; readonly event: HistoryEvent }
   | { readonly type: 'publish'; readonly event: RunEvent }

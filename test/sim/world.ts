@@ -603,6 +603,9 @@ export class World {
       case 'lookup':
         for (const job of effect.jobs) this.#at(1, () => this.#lookUp(job));
         return;
+      case 'recount':
+        assert.equal(effect.report.loss, this.metrics[effect.report.step - 1]!.loss, 'what is computed again is the same');
+        return;
       case 'metrics':
         if (effect.line.type === 'eval') this.#lastEval = effect.line.step;
         else {

@@ -122,6 +122,25 @@ describe('orchestrator: what Redis lost', function () {
     expectUndisturbed('bare', await run.wait(), changes);
   });
 
+  it('steps that are computed again must be what counted: a difference is an alarm', async () => {
+    const orchestrator = await cluster.orchestrate();
+    await cluster.work('w1', { shardMs: 4 });
+    const run = await cluster.client.train(cluster.spec('differs', { steps: 40, checkpoint: { every: 0 } }));
+    await stepReached(run, 20);
+    await orchestrator.stop();
+    cluster.orchestrators.length = 0;
+    await cluster.workers[0]!.crash();
+    await cluster.work('w2', { shardMs: 1 });
+    const path = join(directoryOf('differs'), 'metrics.jsonl');
+    const lines = readLines<StepLine>(path);
+    writeFileSync(path, lines.map((line) => `${JSON.stringify(line.step === 7 ? { ...line, loss: line.loss! + 1e-12 } : line)}\n`).join(''));
+    await cluster.orchestrate();
+    const record = await run.wait();
+    expect(record).to.include({ phase: 'completed', step: 40 });
+    const alarms = record.faults.filter(({ error }) => error.code === 'REPLICA_DIVERGED');
+    expect(alarms.map(({ what }) => what)).to.deep.equal(['step 7 computed again']);
+  });
+
   it('no worker is told an epoch above the one on the disk', async () => {
     await cluster.orchestrate();
     const epochs: [told: number, kept: number][] = [];

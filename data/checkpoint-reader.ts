@@ -11,7 +11,7 @@ import type { ModelConfig, ParameterShape } from '../config/presets.ts';
 import type { Precision } from '../config/run-spec.ts';
 import { quote } from './files.ts';
 import { modelFromHuggingFace } from './hugging-face.ts';
-import { checkSizes, readManifest, verifyManifest, verifyManifestNow } from './manifest.ts';
+import { checkSizes, readManifest, verifyManifest, verifyManifestNow, verifyManifestOnce } from './manifest.ts';
 import type { Manifest } from './manifest.ts';
 import { SafetensorsFile } from './safetensors.ts';
 
@@ -175,11 +175,13 @@ export class CheckpointReader implements WeightSource {
 
   /**
    * Opens and checks a directory; with `verify` every file is hashed and compared with the manifest first (blocking; a
-   * directory without one has nothing to compare). Throws FILE_NOT_FOUND, or CHECKPOINT_INVALID naming file or tensor.
+   * directory without one has nothing to compare), with `once` only if this thread did not do so before, or a file has changed
+   * since. `check` is called every few milliseconds meanwhile and may throw. Throws FILE_NOT_FOUND, or CHECKPOINT_INVALID naming
+   * file or tensor.
    */
-  static open(directory: string, { verify }: { verify: boolean }): CheckpointReader {
+  static open(directory: string, { verify, check }: { verify: boolean | 'once'; check?: () => void }): CheckpointReader {
     const manifest = checkDirectory(directory);
-    if (verify && manifest !== null) verifyManifestNow(directory, manifest);
+    if (verify !== false && manifest !== null) (verify === 'once' ? verifyManifestOnce : verifyManifestNow)(directory, manifest, check);
     const opened: SafetensorsFile[] = [];
     try {
       return new CheckpointReader(directory, opened);

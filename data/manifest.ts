@@ -124,9 +124,45 @@ function* verifying(directory: string, manifest: Manifest): Generator<void> {
   }
 }
 
-/** Hashes every file and compares; blocks the thread meanwhile. Throws CHECKPOINT_INVALID naming the file. */
-export function verifyManifestNow(directory: string, manifest: Manifest): void {
-  for (const _ of verifying(directory, manifest));
+/**
+ * Hashes every file and compares; blocks the thread meanwhile. `check` is called every few milliseconds and may throw. Throws
+ * CHECKPOINT_INVALID naming the file.
+ */
+export function verifyManifestNow(directory: string, manifest: Manifest, check: () => void = () => undefined): void {
+  for (const _ of verifying(directory, manifest)) check();
+}
+
+/** Directories that a thread remembers as undamaged. */
+const KNOWN_DIRECTORIES = 8;
+/** A file that changed so shortly before it was looked at may change again within the resolution of its times: milliseconds. */
+const SETTLED_MS = 2_000;
+
+/**
+ * Directories that this thread has verified, by what the system says of each of their files. One whose files have the same
+ * inodes, sizes and times as then is not read again: whatever writes to a file, or puts another in its place, changes one of them.
+ */
+const known = new Map<string, string>();
+
+/** The same as verifyManifestNow, once for a directory that stays as it is. Not for what a run goes on from. */
+export function verifyManifestOnce(directory: string, manifest: Manifest, check?: () => void): void {
+  const before = identityOf(directory, manifest);
+  if (before !== null && known.get(directory) === before) return;
+  known.delete(directory);
+  verifyManifestNow(directory, manifest, check);
+  if (before === null || before !== identityOf(directory, manifest)) return;
+  known.set(directory, before);
+  for (const oldest of known.keys()) if (known.size > KNOWN_DIRECTORIES) known.delete(oldest);
+}
+
+/** Inode, size and times of each file; null when one is missing, or was changed just now. */
+function identityOf(directory: string, manifest: Manifest): string | null {
+  const parts: string[] = [JSON.stringify(manifest)];
+  for (const file of [MANIFEST, ...Object.keys(manifest.files)]) {
+    const found = statSync(join(directory, file), { bigint: true, throwIfNoEntry: false });
+    if (found === undefined || Date.now() - Number(found.ctimeMs) < SETTLED_MS) return null;
+    parts.push([found.dev, found.ino, found.size, found.mtimeNs, found.ctimeNs].join(' '));
+  }
+  return parts.join('\n');
 }
 
 /** The same in slices of a few milliseconds, for a thread that has other work. */

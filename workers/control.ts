@@ -17,6 +17,9 @@ export function commandFor(control: Control | null, epoch: number): Command {
   return control.command;
 }
 
+/** The control that the text of its key holds; null: there is none, the run is over. Pure. */
+export const parseControl = (text: string | null): Control | null => (text === null ? null : (JSON.parse(text) as Control));
+
 /** The stronger of two commands. Pure. */
 export const stronger = (a: Command, b: Command): Command => (COMMANDS.indexOf(a) >= COMMANDS.indexOf(b) ? a : b);
 
@@ -50,7 +53,7 @@ export class ControlWatcher {
     const text = await this.#commands.get(this.#names.control(run)).catch((error: Error) => {
       throw new NnError('REDIS_UNAVAILABLE', `control of run ${run}: ${error.message}`, { run }, error);
     });
-    return text === null ? null : (JSON.parse(text) as Control);
+    return parseControl(text);
   }
 
   /** Follows the control of a job's run until `stop`; `onCommand` hears the first command before this resolves, then each change. */

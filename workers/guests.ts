@@ -13,6 +13,7 @@ import { TokenFile, requireVocabulary } from '../data/token-file.ts';
 import { Tokenizer } from '../data/tokenizer.ts';
 import { Decoder } from './model/decoder.ts';
 import { Trainer } from './model/trainer.ts';
+import type { WeightSource } from './model/trainer.ts';
 import type { Places } from './places.ts';
 import { evaluateFile } from './replica.ts';
 import { finite } from './reports.ts';
@@ -34,11 +35,24 @@ const EVAL_SEQUENCES = 4;
 /** A checkpoint in bf16 is computed in bf16 where the device can, in float32 elsewhere. */
 const precisionOn = (device: Device, reader: CheckpointReader): Precision => (device.description.kind === 'cuda' ? reader.precision : 'fp32');
 
+/** A checkpoint that is read for a job of its own: its bytes are compared with the manifest by the first such job. */
+const openOnce = (directory: string, signals: Signals): CheckpointReader => CheckpointReader.open(directory, { verify: 'once', check: () => signals.checkStop() });
+
+/** Weights that are read no further than the job is wanted. */
+const checked = (source: WeightSource, signals: Signals): WeightSource => ({
+  model: source.model,
+  has: (name) => source.has(name),
+  read: (name, into) => {
+    signals.checkStop();
+    source.read(name, into);
+  },
+});
+
 /** The loss of a checkpoint on the first sequences of a token file. Throws CHECKPOINT_INVALID, DATA_INVALID, DEVICE_MEMORY, ... */
 export function evaluateCheckpoint({ device, worker, signals, places }: GuestOptions, message: Message<'eval'>): Result<'eval'> {
   const startedAt = performance.now();
   if (message.checkpoint === null) throw new NnError('MESSAGE_INVALID', 'eval: neither a replica nor a checkpoint is named');
-  return using(CheckpointReader.open(places.of(message.checkpoint), { verify: true }), (reader) =>
+  return using(openOnce(places.of(message.checkpoint), signals), (reader) =>
     using(TokenFile.open(places.of(message.data)), (file) => {
       const { model } = reader;
       requireVocabulary(model, file);
@@ -50,8 +64,8 @@ export function evaluateCheckpoint({ device, worker, signals, places }: GuestOpt
       });
       const shape = { model, precision: precisionOn(device, reader), recompute: 'none', sequences: perBatch, sequenceLength } as const;
       return using(new Trainer(device, { ...shape, optimizer, totalSteps: 1, separateShards: false, evaluateOnly: true }), (trainer) => {
-        trainer.loadWeights(reader);
-        const { lossSum, targetTokens } = evaluateFile(trainer, file, { sequences: message.sequences, sequenceLength, perBatch }, () => signals.check());
+        trainer.loadWeights(checked(reader, signals));
+        const { lossSum, targetTokens } = evaluateFile(trainer, file, { sequences: message.sequences, sequenceLength, perBatch }, () => signals.checkStop());
         const milliseconds = performance.now() - startedAt;
         return { worker, step: reader.step, loss: finite(lossSum / targetTokens), targetTokens, milliseconds };
       });
@@ -64,14 +78,14 @@ export function generate({ device, worker, signals, places }: GuestOptions, mess
   const { checkpoint: named, prompts, maxTokens, ntkAlpha, ...sampling } = message;
   const checkpoint = places.of(named);
   const tokenizer = Tokenizer.load(join(checkpoint, 'tokenizer.json'));
-  return using(CheckpointReader.open(checkpoint, { verify: true }), (reader) => {
+  return using(openOnce(checkpoint, signals), (reader) => {
     const model = ntkAlpha === null ? reader.model : { ...reader.model, ntkAlpha };
     // Documents begin with <bos>: an empty prompt asks for the beginning of one.
     const beginning = tokenizer.bosId ?? tokenizer.eosId ?? 0;
     const encoded = prompts.map((prompt) => (prompt === '' ? [beginning] : tokenizer.encode(prompt)));
     const capacity = Math.max(...encoded.map((tokens) => tokens.length)) + maxTokens;
     return using(new Decoder(device, { model, precision: precisionOn(device, reader), capacity, batch: prompts.length }), (decoder) => {
-      decoder.loadWeights(reader);
+      decoder.loadWeights(checked(reader, signals));
       const startedAt = performance.now();
       const completions = decoder.generate({
         ...sampling,

@@ -16,11 +16,13 @@ import { NnError, errorCode } from '../config/errors.ts';
 import { parseResult } from '../config/messages.ts';
 import type { Message, Origin, Result, ShardReport, StepReport } from '../config/messages.ts';
 import { keys } from '../config/keys.ts';
+import type { Control } from '../config/keys.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import type { Device } from '../cuda/device.ts';
 import { CheckpointReader, writeCheckpoint } from '../data/checkpoint-files.ts';
 import { evaluationBatches, stepTargetTokens, trainingBatch } from '../data/sampler.ts';
 import { TokenFile, requireVocabulary } from '../data/token-file.ts';
+import { commandFor } from './control.ts';
 import type { Exchange } from './exchange/contract.ts';
 import { Trainer } from './model/trainer.ts';
 import type { Places } from './places.ts';
@@ -39,6 +41,8 @@ export interface ReplicaOptions {
   readonly exchange: Exchange;
   readonly signals: Signals;
   readonly places: Places;
+  /** The control of a run as it is now, null when the run is over; waits for a Redis that is away. */
+  readonly control: (run: string) => Promise<Control | null>;
   readonly config: Config;
   /** Id of the worker, for results. */
   readonly worker: string;
@@ -69,6 +73,7 @@ export class Replica {
   readonly #exchange: Exchange;
   readonly #signals: Signals;
   readonly #places: Places;
+  readonly #control: ReplicaOptions['control'];
   readonly #config: Config;
   readonly #worker: string;
   readonly #names: ReturnType<typeof keys>;
@@ -86,12 +91,13 @@ export class Replica {
   readonly #reports = new Map<number, StepReport>();
 
   /** Throws DEVICE_MEMORY, FILE_NOT_FOUND, TOKEN_FILE_INVALID or DATA_INVALID. */
-  constructor({ device, exchange, signals, places, config, worker, run, spec }: ReplicaOptions) {
+  constructor({ device, exchange, signals, places, control, config, worker, run, spec }: ReplicaOptions) {
     this.run = run;
     this.spec = spec;
     this.#exchange = exchange;
     this.#signals = signals;
     this.#places = places;
+    this.#control = control;
     this.#config = config;
     this.#worker = worker;
     this.#names = keys(config.redis.prefix);
@@ -141,8 +147,18 @@ export class Replica {
     this.#require(last <= this.spec.steps, `has no step ${last}`);
     const reports = this.#doneAlready(message.fromStep, last);
     for (const report of reports) onReport(report);
-    await this.bringTo(message.fromStep + reports.length, message);
-    watch.book('exchangeMs');
+    const result = (): Result<'steps'> => {
+      const { fromStep, epoch } = message;
+      return { worker: this.#worker, epoch, fromStep, stepsDone: reports.length, reports, timings: watch.timings };
+    };
+    try {
+      await this.bringTo(message.fromStep + reports.length, message);
+    } catch (error) {
+      if (errorCode(error) !== 'CANCELLED' || this.#signals.command !== 'stop') throw error;
+      return result();
+    } finally {
+      watch.book('exchangeMs');
+    }
     while (message.fromStep + reports.length < last) {
       this.#signals.check();
       if (this.#signals.command !== 'run') break;
@@ -156,8 +172,7 @@ export class Replica {
     }
     this.#signals.check();
     watch.book('computeMs');
-    const { fromStep, epoch } = message;
-    return { worker: this.#worker, epoch, fromStep, stepsDone: reports.length, reports, timings: watch.timings };
+    return result();
   }
 
   /** One shard's gradient, published; if it is published already, its result as it is. Throws CANCELLED on stop. */
@@ -181,6 +196,7 @@ export class Replica {
     await this.#exchange.upload(key, { length, digest, read: (offset, into) => this.#trainer.readGradient(offset, into) });
     this.#signals.checkStop();
     watch.book('exchangeMs');
+    await this.#fence(message);
     const result: Result<'shard'> = {
       ...report,
       worker: this.#worker, epoch, step, shard, digest, key, bytes: length * 4, timings: watch.timings,
@@ -216,15 +232,22 @@ export class Replica {
     await this.#exchange.upload(key, { length, digest, read: (offset, into) => this.#trainer.readGradient(offset, into) });
     this.#signals.checkStop();
     watch.book('exchangeMs');
-    const outcome = this.#apply(step);
-    watch.book('computeMs');
-    const report = sumShards(step, shards, this.spec.batch.shards * this.spec.batch.microBatches, outcome, flowMilliseconds(shards, watch.totalMs));
-    const summed = shards.map(({ shard, worker, epoch, digest }) => ({ shard, worker, epoch, digest }));
-    const result: Result<'reduce'> = { worker: this.#worker, epoch, digest, key, bytes: length * 4, report, timings: watch.timings, shards: summed };
-    await this.#exchange.seal(key, JSON.stringify(result));
-    await this.#exchange.remove(shardKeys, length);
-    await this.#trimLog(step, length);
-    return result;
+    await this.#fence(message);
+    // From here on the sum is this replica's version: it is published, or lost with it.
+    this.#signals.finishing = true;
+    try {
+      const outcome = this.#apply(step);
+      watch.book('computeMs');
+      const report = sumShards(step, shards, this.spec.batch.shards * this.spec.batch.microBatches, outcome, flowMilliseconds(shards, watch.totalMs));
+      const summed = shards.map(({ shard, worker, epoch, digest }) => ({ shard, worker, epoch, digest }));
+      const result: Result<'reduce'> = { worker: this.#worker, epoch, digest, key, bytes: length * 4, report, timings: watch.timings, shards: summed };
+      await this.#exchange.seal(key, JSON.stringify(result));
+      await this.#exchange.remove(shardKeys, length);
+      await this.#trimLog(step, length);
+      return result;
+    } finally {
+      this.#signals.finishing = false;
+    }
   }
 
   /**
@@ -278,7 +301,7 @@ export class Replica {
     const file = TokenFile.open(this.#places.of(data));
     try {
       requireVocabulary(this.spec.model, file);
-      const { lossSum, targetTokens } = evaluateFile(this.#trainer, file, { sequences, sequenceLength, perBatch }, () => this.#signals.check());
+      const { lossSum, targetTokens } = evaluateFile(this.#trainer, file, { sequences, sequenceLength, perBatch }, () => this.#signals.checkStop());
       const loss = finite(lossSum / targetTokens);
       return { worker: this.#worker, step: replica.step, loss, targetTokens, milliseconds: performance.now() - startedAt };
     } finally {
@@ -287,9 +310,20 @@ export class Replica {
   }
 
   /**
+   * The last look before something is published: throws CANCELLED when the job's epoch is over. A process that was stopped and
+   * goes on, or that was cut off, learns it here, whatever it knew before. What happens between this look and the publication
+   * cannot be seen, because queues and exchange may be two servers; what is published then is the same bits as that of any other
+   * attempt, under a key that no run but this one reads.
+   */
+  async #fence({ run, epoch }: Origin): Promise<void> {
+    const control = await this.#control(run);
+    if (commandFor(control, epoch) === 'drop') throw new NnError('CANCELLED', `run ${run}: the job's epoch ${epoch} is over, nothing is published`, { run, epoch });
+  }
+
+  /**
    * Brings the weights and the optimizer to `version`: from what is there, or the newest checkpoint, or the seed, whichever is
-   * nearest, by applying the reduced gradients in between. Throws GRADIENT_LOST when one of these is gone, and
-   * CHECKPOINT_INVALID.
+   * nearest, by applying the reduced gradients in between. Throws GRADIENT_LOST when one of these is gone, CHECKPOINT_INVALID, and
+   * CANCELLED when the job is stopped; it begins anew then.
    */
   async bringTo(version: number, origin: Origin): Promise<void> {
     this.#enter(origin);
@@ -316,7 +350,7 @@ export class Replica {
     this.#reports.clear();
     if (saved !== null) this.#loadTraining(saved);
     else if (this.spec.initialCheckpoint !== undefined) this.#loadInitialWeights(this.spec.initialCheckpoint);
-    else this.#trainer.initialise(this.spec.seed);
+    else this.#trainer.initialise(this.spec.seed, () => this.#signals.checkStop());
     this.#stand(saved?.step ?? 0);
   }
 
@@ -339,7 +373,7 @@ export class Replica {
   }
 
   #loadTraining({ directory, step }: NonNullable<Origin['checkpoint']>): void {
-    const reader = CheckpointReader.open(this.#places.of(directory), { verify: true });
+    const reader = CheckpointReader.open(this.#places.of(directory), { verify: true, check: () => this.#signals.checkStop() });
     try {
       if (!reader.hasTraining) throw new NnError('CHECKPOINT_INVALID', `${directory}: has no optimizer state, so that a run cannot go on from it`, { directory });
       const branch = reader.state?.run['branch'] ?? 0;
@@ -352,7 +386,7 @@ export class Replica {
       for (const parameter of this.#trainer.parameters) {
         const values = new Float32Array(parameter.length);
         for (const kind of ['weight', 'm', 'v'] as const) {
-          this.#signals.check();
+          this.#signals.checkStop();
           reader.readTraining(kind, parameter.name, values);
           this.#trainer.writeState(kind, parameter, values);
         }
@@ -364,7 +398,7 @@ export class Replica {
   }
 
   #loadInitialWeights(directory: string): void {
-    const reader = CheckpointReader.open(this.#places.of(directory), { verify: true });
+    const reader = CheckpointReader.open(this.#places.of(directory), { verify: true, check: () => this.#signals.checkStop() });
     try {
       reader.requireModel(this.spec.model);
       this.#trainer.loadWeights(reader);

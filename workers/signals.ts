@@ -23,6 +23,9 @@ export class Signals {
   readonly shared: SharedArrayBuffer;
   readonly #words: Int32Array;
 
+  /** What the job does now is done with before it stops: only `drop` ends it. Of this thread alone. */
+  finishing = false;
+
   constructor(shared: SharedArrayBuffer = new SharedArrayBuffer(8)) {
     this.shared = shared;
     this.#words = new Int32Array(shared);
@@ -51,9 +54,9 @@ export class Signals {
     if (this.command === 'drop') throw new NnError('CANCELLED', 'the job was dropped: it is of an older epoch, or its run is over');
   }
 
-  /** Beats, and throws CANCELLED if the job is to be stopped or dropped: for jobs of less than a step. */
+  /** Beats, and throws CANCELLED if the job is to be stopped or dropped: where nothing that others see is half done. */
   checkStop(): void {
     this.check();
-    if (this.command === 'stop') throw new NnError('CANCELLED', 'the job was stopped: its run is pausing or cancelled');
+    if (this.command === 'stop' && !this.finishing) throw new NnError('CANCELLED', 'the job was stopped: its run is pausing or cancelled');
   }
 }

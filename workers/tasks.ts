@@ -22,7 +22,8 @@ export interface ThreadData {
   readonly config: Config;
   readonly device: DeviceChoice;
   readonly worker: string;
-  /** Address of the exchange's Redis; never logged. */
+  /** Addresses of both Redis; never logged. */
+  readonly queuesUrl: string;
   readonly exchangeUrl: string;
   /** Signals (signals.ts). */
   readonly shared: SharedArrayBuffer;

@@ -6,9 +6,11 @@
 import { workerData } from 'node:worker_threads';
 import { toErrorRecord } from '../config/errors.ts';
 import { keys } from '../config/keys.ts';
+import type { Control } from '../config/keys.ts';
 import type { Message, Origin } from '../config/messages.ts';
 import { parseRunSpec } from '../config/run-spec.ts';
 import { Device } from '../cuda/device.ts';
+import { parseControl } from './control.ts';
 import { RedisExchange } from './exchange/redis.ts';
 import { evaluateCheckpoint, generate } from './guests.ts';
 import { Places } from './places.ts';
@@ -16,10 +18,14 @@ import { Replica } from './replica.ts';
 import { Signals } from './signals.ts';
 import type { Outcome, ReplicaState, StepMessage, Task, TaskValues, ThreadData } from './tasks.ts';
 
-const { config, device: choice, worker, exchangeUrl, shared } = workerData as ThreadData;
+const { config, device: choice, worker, queuesUrl, exchangeUrl, shared } = workerData as ThreadData;
+const names = keys(config.redis.prefix);
 const signals = new Signals(shared);
 const places = new Places();
-const exchange = new RedisExchange({ url: exchangeUrl, config, beat: () => signals.check() });
+const exchange = new RedisExchange({ url: exchangeUrl, config, beat: () => signals.checkStop() });
+/** Where control keys are read before something is published. */
+const queues = queuesUrl === exchangeUrl ? exchange : new RedisExchange({ url: queuesUrl, config, beat: () => signals.checkStop() });
+const control = async (run: string): Promise<Control | null> => parseControl((await queues.texts([names.control(run)]))[0]!);
 
 let device: Device | null = null;
 let held: { readonly replica: Replica; readonly specText: string } | null = null;
@@ -61,12 +67,13 @@ async function perform(task: Task): Promise<TaskValues[Task['kind']]> {
       return generate({ device: open(), worker, signals, places }, task.message);
     case 'forget':
       if (held?.replica.run === task.run) release();
-      return exchange.removeAll(keys(config.redis.prefix).exchangeOf(task.run));
+      return exchange.removeAll(names.exchangeOf(task.run));
     case 'close':
       break;
   }
   release();
   exchange.close();
+  queues.close();
   device?.close();
   device = null;
   return null;
@@ -89,7 +96,7 @@ function replicaOf(origin: Origin): Replica {
   if (held !== null && held.replica.run === origin.run && held.specText === specText) return held.replica;
   release();
   const spec = parseRunSpec(origin.spec, `spec of run ${origin.run}`);
-  const replica = new Replica({ device: open(), exchange, signals, places, config, worker, run: origin.run, spec });
+  const replica = new Replica({ device: open(), exchange, signals, places, control, config, worker, run: origin.run, spec });
   held = { replica, specText };
   return replica;
 }

@@ -24,6 +24,7 @@ import type { DeviceDescription } from '../cuda/device.ts';
 import { BackgroundWriter } from './background.ts';
 import { ControlWatcher, stronger } from './control.ts';
 import { Gate } from './gate.ts';
+import type { Leave } from './gate.ts';
 import { EXIT } from './ipc.ts';
 import type { LogLevel, StartMessage, WorkerMessage } from './ipc.ts';
 import { ComputePool } from './pool.ts';
@@ -43,8 +44,8 @@ const JOBS: Readonly<Record<ServedQueue, readonly JobTask[]>> = {
 /** Most seconds that a look into an empty queue waits there for a job before it is begun anew. */
 const DRAIN_DELAY_SECONDS = 5;
 
-/** Jobs that end early, or not at all, at the word of the control; the others are over soon and heed only `drop`. */
-const STOPPABLE: readonly JobTask[] = ['steps', 'shard', 'reduce'];
+/** Jobs that end early, or not at all, at the word of the control. A checkpoint is what a pause may wait for: it heeds only `drop`. */
+const STOPPABLE: readonly JobTask[] = ['steps', 'shard', 'reduce', 'digest', 'eval'];
 
 /**
  * The shared queues that a worker of these precisions serves: queues are split by capability, so that no worker takes a job that
@@ -99,6 +100,10 @@ export class Island {
   /** Jobs at hand that lost their locks: whoever has them now will do them. A checkpoint's copy is written all the same. */
   readonly #lost = new Set<string>();
   #faulted = false;
+  /** The drain took too long: nothing is finished any more. */
+  #givenUp = false;
+  /** What is being cleared away of a run that is over. */
+  #cleaning: Promise<void> = Promise.resolve();
   /** The command of this process itself, beside that of the control. */
   #localCommand: Command = 'run';
   #controlCommand: Command = 'run';
@@ -127,7 +132,7 @@ export class Island {
       this.#store = new Store({ config: this.#config, log });
       await this.#store.open();
     }
-    this.#pool = new ComputePool({ config: this.#config, device, worker: id, exchangeUrl });
+    this.#pool = new ComputePool({ config: this.#config, device, worker: id, queuesUrl: url, exchangeUrl });
     const opened = await this.#pool.run({ kind: 'open' });
     if (!opened.ok) throw fromErrorRecord(opened.error);
     this.#device = opened.value;
@@ -155,12 +160,14 @@ export class Island {
     this.#gate.close();
     this.#background.closeGate();
     const giveUp = setTimeout(() => {
+      this.#givenUp = true;
       this.#command('drop');
       this.#background.drop();
       this.#delivery?.abort();
     }, this.#config.worker.drainMs);
     await this.#record().catch((error: Error) => this.#options.log('debug', `last heartbeat: ${error.message}`));
     await Promise.all(this.#queues.map((queue) => queue.close()));
+    await this.#cleaning;
     clearTimeout(giveUp);
     await Promise.all([this.#pool.close(), this.#background.close()]);
     this.#store?.close();
@@ -232,7 +239,9 @@ export class Island {
       return (await this.#perform(job, task)) as Outcome<Kind>;
     } finally {
       this.#hold(null);
-      leave();
+      const { kind, message } = task as TaskOf<JobTask>;
+      if (kind === 'shard' || kind === 'reduce') this.#clean(message.run, leave);
+      else leave();
     }
   }
 
@@ -325,7 +334,6 @@ export class Island {
       if (this.#pool.signals.command === 'drop') throw new NnError('CANCELLED', `job ${job.id} is of an older epoch, or its run is over, or its lock is lost`, { job: job.id! });
       const outcome = await this.#withFiles(task, kind === 'steps' ? (report) => progress.report(report) : undefined);
       await progress.sent();
-      if (origin !== null && (kind === 'shard' || kind === 'reduce')) await this.#forgetIfOver(origin.run);
       return outcome;
     } finally {
       watch?.stop();
@@ -406,11 +414,18 @@ export class Island {
     this.#waitingForIdle.clear();
   }
 
+  /** Ends a turn on the device. Nobody waits for what is cleared away first, neither the job nor the heartbeat: the exchange may be away. */
+  #clean(run: string, leave: Leave): void {
+    this.#cleaning = this.#forgetIfOver(run)
+      .catch((error: Error) => this.#options.log('debug', `clearing away run ${run}: ${error.message}`))
+      .finally(leave);
+  }
+
   /** Deletes what a job may have put into the exchange after its run had been cleared away, and frees the run's replica. */
   async #forgetIfOver(run: string): Promise<void> {
     if ((await this.#control.read(run)) !== null) return;
     this.#background.forget();
-    this.#pool.signals.command = 'run';
+    this.#pool.signals.command = this.#givenUp ? 'drop' : 'run';
     const outcome = await this.#pool.run({ kind: 'forget', run });
     if (!outcome.ok) this.#options.log('warn', `run ${run} could not be cleared away: ${outcome.error.message}`, outcome.error);
   }
@@ -453,12 +468,7 @@ export class Island {
     const { replica } = this.#pool;
     if (replica === null || this.#gate.busy || this.#draining || (await this.#control.read(replica.run)) !== null) return;
     const leave = await this.#gate.enter(0);
-    if (leave === null) return;
-    try {
-      await this.#forgetIfOver(replica.run);
-    } finally {
-      leave();
-    }
+    if (leave !== null) this.#clean(replica.run, leave);
   }
 }
 

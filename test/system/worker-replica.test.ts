@@ -6,8 +6,9 @@ import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { expect } from 'chai';
 import { errorCode } from '../../config/errors.ts';
-import type { StepReport } from '../../config/messages.ts';
-import { parameterCount } from '../../config/presets.ts';
+import type { Control } from '../../config/keys.ts';
+import type { Result, StepReport } from '../../config/messages.ts';
+import { parameterCount, parameterShapes } from '../../config/presets.ts';
 import type { RunSpec } from '../../config/run-spec.ts';
 import { Device } from '../../cuda/device.ts';
 import { RedisExchange } from '../../workers/exchange/redis.ts';
@@ -22,10 +23,13 @@ class Bench {
   readonly signals = new Signals();
   readonly exchange: RedisExchange;
   readonly replica: Replica;
+  /** What the orchestrator wants. */
+  control: Control | null = { epoch: 0, command: 'run' };
 
   constructor(world: World, spec: RunSpec, worker: string) {
-    this.exchange = new RedisExchange({ url: world.config.redis.exchangeUrl, config: world.config, beat: () => this.signals.check() });
-    this.replica = new Replica({ device: this.device, exchange: this.exchange, signals: this.signals, places: new Places(), config: world.config, worker, run: spec.name, spec });
+    this.exchange = new RedisExchange({ url: world.config.redis.exchangeUrl, config: world.config, beat: () => this.signals.checkStop() });
+    const control = (): Promise<Control | null> => Promise.resolve(this.control);
+    this.replica = new Replica({ control, device: this.device, exchange: this.exchange, signals: this.signals, places: new Places(), config: world.config, worker, run: spec.name, spec });
   }
 
   close(): void {
@@ -104,6 +108,32 @@ describe('replica', () => {
       expect(flow.map(withoutTime)).to.deep.equal(reports.map(withoutTime));
     });
   }
+
+  it('skips a step whose gradient is not finite on every replica alike, and names the same tensor whichever way it came about', async () => {
+    const base = newSpec();
+    // The first update throws the weights so far that the products of the second step overflow.
+    const spec = { ...base, optimizer: { ...base.optimizer, learningRate: 1e25, warmupSteps: 0 } };
+    const { digest, reports } = await reference(spec, 4);
+    expect(reports.map(({ skipped, nonFinite }) => [skipped, nonFinite !== null])).to.deep.equal([[false, false], [true, true], [true, true], [true, true]]);
+    const workers = [bench(spec), bench(spec), bench(spec)];
+    const flow: StepReport[] = [];
+    for (let step = 1; step <= 4; step++) flow.push(await flowStep(spec, step, workers));
+    expect(flow.map(withoutTime)).to.deep.equal(reports.map(withoutTime));
+    for (const worker of workers) expect(await digestAt(spec, worker, 4)).to.equal(digest);
+    const early = bench(spec);
+    expect(await digestAt(spec, early, 1), 'as after step 1').to.equal(digest);
+    expect(parameterShapes(spec.model).map(({ name }) => name)).to.include(reports[1]!.nonFinite);
+  });
+
+  it('lists the shards that it summed, whoever computed them', async () => {
+    const spec = newSpec();
+    const workers = [bench(spec), bench(spec)];
+    const shards: Result<'shard'>[] = [];
+    for (let shard = 0; shard < 4; shard++) shards.push(await workers[shard % 2]!.replica.shard({ ...originOf(spec, shard), step: 1, shard }));
+    const { shards: summed } = await workers[0]!.replica.reduce({ ...originOf(spec, 9), step: 1, shardCount: 4 });
+    expect(summed).to.deep.equal(shards.map(({ shard, worker, epoch, digest }) => ({ shard, worker, epoch, digest })));
+    expect(summed.map(({ worker, epoch }) => [worker, epoch])).to.deep.equal([['w0', 0], ['w1', 1], ['w0', 2], ['w1', 3]]);
+  });
 
   it('reports what a step did', async () => {
     const spec = newSpec();
@@ -333,6 +363,26 @@ describe('replica', () => {
     expect(await codeOf(one.replica.shard({ ...originOf(spec), step: 1, shard: 0 }))).to.equal('CANCELLED');
     expect(await codeOf(one.replica.steps({ ...originOf(spec), fromStep: 0, stepCount: 1 }, () => undefined))).to.equal('CANCELLED');
     expect(await world.exchange.keys('*')).to.deep.equal([]);
+  });
+
+  it('publishes nothing for an epoch that was over when it came to publishing, and leaves the version whole', async () => {
+    const spec = newSpec();
+    const { digest } = await reference(spec, 1);
+    const one = bench(spec);
+    const job = { ...originOf(spec), step: 1 };
+    for (const control of [{ epoch: 1, command: 'run' } as const, null]) {
+      one.control = control;
+      expect(await codeOf(one.replica.shard({ ...job, shard: 0 }))).to.equal('CANCELLED');
+      expect(await world.exchange.exists(world.names.shardGradient(spec.name, 1, 0))).to.equal(0);
+    }
+    one.control = { epoch: 0, command: 'stop' };
+    for (let shard = 0; shard < 4; shard++) await one.replica.shard({ ...job, shard });
+    one.control = { epoch: 1, command: 'run' };
+    expect(await codeOf(one.replica.reduce({ ...job, shardCount: 4 }))).to.equal('CANCELLED');
+    expect(await world.exchange.exists(world.names.reducedGradient(spec.name, 1))).to.equal(0);
+    expect(one.replica.step).to.equal(0);
+    await one.replica.reduce({ ...job, epoch: 1, shardCount: 4 });
+    expect(await digestAt(spec, one, 1)).to.equal(digest);
   });
 
   it('reports steps again that it has done already when their job comes twice', async () => {

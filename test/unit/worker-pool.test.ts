@@ -13,7 +13,7 @@ describe('compute pool', () => {
   const pools: ComputePool[] = [];
   const newPool = (): ComputePool => {
     const config = loadConfig({ worker: { callTimeoutMs: 1000 } });
-    const pool = new ComputePool({ config, device: { library: 'cpu', index: 0, threads: 1 }, worker: 'w', exchangeUrl: 'redis://127.0.0.1:1' }, badThread);
+    const pool = new ComputePool({ config, device: { library: 'cpu', index: 0, threads: 1 }, worker: 'w', queuesUrl: 'redis://127.0.0.1:1', exchangeUrl: 'redis://127.0.0.1:1' }, badThread);
     pools.push(pool);
     return pool;
   };

@@ -156,11 +156,12 @@ export class Trainer {
     });
   }
 
-  /** The state of version 0: weights from the seed (Normal(0, 0.02), a stream for each tensor), norms 1, m = v = 0. */
-  initialise(seed: number): void {
+  /** The state of version 0: weights from the seed (Normal(0, 0.02), a stream for each tensor), norms 1, m = v = 0. `check` is called before each tensor and may throw. */
+  initialise(seed: number, check: () => void = () => undefined): void {
     this.#enter();
     this.#zero(this.#master);
     for (const [index, { shape, offset, length }] of this.parameters.entries()) {
+      check();
       const tensor = slice(this.#master, offset, length);
       if (shape.length >= 2) this.#kernels.randomNormal(tensor, length, seed, index, 0, 0.02);
       else this.#device.upload(tensor, new Float32Array(length).fill(1));

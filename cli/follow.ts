@@ -34,6 +34,8 @@ export function eventLine(event: RunEvent): string {
       return `checkpoint of step ${event.step}: ${event.directory}`;
     case 'way':
       return `${event.workers} worker${event.workers === 1 ? '' : 's'}, exchange ${event.exchange}: ${event.reason}`;
+    case 'rollback':
+      return `back from step ${event.fromStep} to step ${event.toStep}: the loss ${formatLoss(event.loss)} was above ${formatLoss(event.threshold)}`;
     case 'fault':
       return `fault: ${event.what} (${event.error.code}: ${event.error.message})`;
   }

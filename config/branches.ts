@@ -24,6 +24,9 @@ export const branchOf = (returns: Returns, step: number): number => (returns ===
 export const dataStep = (returns: Returns, step: number): number =>
   (returns ?? []).slice(0, branchOf(returns, step)).reduce((sum, { fromStep, toStep }) => sum + fromStep - toStep, step);
 
+/** Whether a version is the same one after these rollbacks. */
+export const survives = (step: number, returns: readonly Return[]): boolean => returns.every(({ toStep }) => step <= toStep);
+
 /** Name of a version's checkpoint directory. */
 export const checkpointName = (step: number, branch: number): CheckpointName => (branch === 0 ? `step-${step}` : `step-${step}-branch-${branch}`);
 export type CheckpointName = `step-${number}` | `step-${number}-branch-${number}`;

@@ -62,6 +62,7 @@ export const ERROR_KINDS = {
   GOLDEN_MISMATCH: kind('never', 5, 'This build does not reproduce the golden model within its tolerances.'),
   // The run: 6
   NON_FINITE: kind('never', 6, 'Too many steps in a row had NaN or infinite gradients.'),
+  LOSS_SPIKE: kind('never', 6, 'The loss rose too far again after as many rollbacks as the spec allows.'),
   TIME_LIMIT: kind('never', 6, 'The run was running for as long as its spec allows; it stands at a checkpoint.'),
   JOB_FATAL: kind('never', 6, 'A job ended its worker process as often as is allowed.'),
   WORKER_LOST: kind('retry', 6, 'A worker process ended while it held a job.'),

@@ -249,11 +249,26 @@ export interface RunFault {
   readonly error: ErrorRecord;
 }
 
+/** The run went back to an earlier version, because its loss had risen too far (spec.lossSpike). */
+export interface Rollback {
+  readonly atMs: number;
+  /** The branch that begins with it, from 1 (config/branches.ts). */
+  readonly branch: number;
+  /** The last step of the branch before, whose loss made the decision. */
+  readonly fromStep: number;
+  readonly toStep: number;
+  /** The first epoch of the new branch. */
+  readonly epoch: number;
+  readonly loss: number;
+  /** What the loss was above. */
+  readonly threshold: number;
+}
+
 /** What Redis and the run's directory keep of a run; `status` prints it. */
 export interface RunRecord {
   readonly run: string;
   readonly phase: RunPhase;
-  /** The version reached: steps done. */
+  /** The version reached: steps done. Falls when the run is rolled back, and never else. */
   readonly step: number;
   readonly steps: number;
   readonly epoch: number;
@@ -268,6 +283,8 @@ export interface RunRecord {
   /** How steps are computed now, and why. */
   readonly way: { readonly exchange: 'local' | 'redis' | 'nccl'; readonly workers: number; readonly reason: string } | null;
   readonly skippedSteps: number;
+  /** Oldest first; at most lossSpike.maxRollbacks. */
+  readonly rollbacks: readonly Rollback[];
   /** Faults, oldest first, the last 100; all of them lie in the run's faults.jsonl. */
   readonly faults: readonly RunFault[];
   /** How many faults there ever were, by code. */
@@ -291,4 +308,5 @@ export type RunEvent =
   | { readonly type: 'eval'; readonly step: number; readonly loss: number; readonly atMs: number }
   | { readonly type: 'checkpoint'; readonly step: number; readonly directory: string; readonly atMs: number }
   | { readonly type: 'way'; readonly exchange: string; readonly workers: number; readonly reason: string; readonly atMs: number }
+  | ({ readonly type: 'rollback' } & Rollback)
   | ({ readonly type: 'fault' } & RunFault);

@@ -98,6 +98,22 @@ const specSchema = z.strictObject({
   compareDigestsEvery: countOrZero.default(50),
   /** Steps in a row with NaN or infinite gradients after which the run stops. */
   maxNonFiniteSteps: count.default(5),
+  /**
+   * A loss that rises too far rolls the run back to an earlier version, from where it goes on with the data after that which was read
+   * since: a step is above when its loss exceeds `factor` times the median of the `window` steps before that were not.
+   */
+  lossSpike: z
+    .strictObject({
+      /** Above 1; 0: never roll back. */
+      factor: z.number().max(1e6).refine((value) => value === 0 || value > 1, 'must be above 1, or 0 for never').default(0),
+      /** Steps whose losses are compared with; before there are so many, nothing is above. */
+      window: count.max(1000).default(50),
+      /** Steps in a row that must be above. */
+      patience: count.max(100).default(3),
+      /** Rollbacks after which another spike fails the run. */
+      maxRollbacks: countOrZero.max(100).default(3),
+    })
+    .prefault({}),
   /** Seconds in phase `running` after which an attempt at the run ends as failed, at a checkpoint; a retry has them anew. 0: no limit. */
   maxDurationSeconds: countOrZero.default(0),
   /** 1 is served first. */

@@ -4,9 +4,12 @@
  */
 import { rename, rm } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
+import { branchOf } from '../config/branches.ts';
 import { toErrorRecord } from '../config/errors.ts';
 import type { ErrorRecord } from '../config/errors.ts';
+import type { Rollback } from '../config/messages.ts';
 import { listCheckpoints, newestGood } from '../data/checkpoint-files.ts';
+import type { NamedCheckpoint } from '../data/checkpoint-files.ts';
 import type { CheckpointPlace } from './plan.ts';
 
 export interface FoundCheckpoints {
@@ -15,10 +18,22 @@ export interface FoundCheckpoints {
   readonly bad: readonly { readonly directory: string; readonly error: ErrorRecord }[];
 }
 
-export async function findCheckpoints(runDirectory: string): Promise<FoundCheckpoints> {
-  const { checkpoint, damaged } = await newestGood(runDirectory);
-  const good = checkpoint === null ? [] : listCheckpoints(runDirectory).filter(({ step }) => step <= checkpoint.step).toReversed().map(({ directory, step }) => ({ directory, step }));
+/** `rollbacks`: those of the run; checkpoints of branches that were given up are neither good nor bad. */
+export async function findCheckpoints(runDirectory: string, rollbacks: readonly Rollback[]): Promise<FoundCheckpoints> {
+  const present = isPresent(rollbacks);
+  const { checkpoint, damaged } = await newestGood(runDirectory, present);
+  const all = checkpoint === null ? [] : listCheckpoints(runDirectory).filter((each) => present(each) && each.step <= checkpoint.step);
+  const good = all.map(({ directory, step }) => ({ directory, step })).toReversed();
   return { good, bad: damaged.map(({ directory, error }) => ({ directory, error: toErrorRecord(error) })) };
+}
+
+const isPresent = (rollbacks: readonly Rollback[]) => ({ step, branch }: NamedCheckpoint): boolean => branchOf(rollbacks, step) === branch;
+
+/** Removes the checkpoints of branches that were given up, which a crash or a slow writer may have left. */
+export async function deleteAbandoned(runDirectory: string, rollbacks: readonly Rollback[]): Promise<void> {
+  if (rollbacks.length === 0) return;
+  const present = isPresent(rollbacks);
+  for (const each of listCheckpoints(runDirectory)) if (!present(each)) await deleteCheckpoint(each.directory);
 }
 
 /** Removes a checkpoint; a crash half-way leaves nothing that looks like one. */

@@ -17,10 +17,11 @@ import { parseRunSpec } from '../config/run-spec.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import type { Config } from '../config/schema.ts';
 import { failedRecord } from './attempts.ts';
-import { deleteCheckpoint, findCheckpoints } from './checkpoints.ts';
+import { deleteAbandoned, deleteCheckpoint, findCheckpoints } from './checkpoints.ts';
 import type { ExchangeKeys } from './exchange-keys.ts';
 import { History } from './history.ts';
 import { FaultLog } from './fault-log.ts';
+import { UNWATCHED } from './loss-spike.ts';
 import { RunMetrics } from './metrics.ts';
 import { gradientBytes } from './plan.ts';
 import type { JobEvent, Queues } from './queues.ts';
@@ -155,7 +156,7 @@ export class Driver {
   async #recover(spoken: number): Promise<void> {
     const { store, config, exchange, watch, queues } = this.#context;
     claimDirectory(this.#directory, this.#spec);
-    const [stored, told, found] = await Promise.all([store.read(this.#run), store.readControl(this.#run), findCheckpoints(this.#directory)]);
+    const [stored, told] = await Promise.all([store.read(this.#run), store.readControl(this.#run)]);
     const kept = readRecordFile(this.#directory);
     const lost = kept !== null && kept.epoch > Math.max(stored.record.epoch, told?.epoch ?? 0);
     const foreign = spoken !== PROTOCOL;
@@ -170,15 +171,20 @@ export class Driver {
       this.#logger.warn({ spoken, protocol: PROTOCOL }, 'the run was driven by a version of another protocol; it goes on from its checkpoint');
     }
     this.#epochOnDisk = kept?.epoch ?? -1;
-    this.#metrics = new RunMetrics(this.#directory, Date.now());
+    this.#metrics = new RunMetrics(this.#directory, Date.now(), this.#spec);
     this.#history = new History(this.#directory, this.#token);
     this.#faults = new FaultLog(this.#directory);
     // Metrics that somebody took away are not steps that nobody counted.
-    const counted = this.#metrics.counted?.step === 0 ? { ...this.#metrics.counted, step: record.step, lastReport: record.lastReport } : this.#metrics.counted;
+    const empty = this.#metrics.counted?.step === 0 && (this.#metrics.counted.branch?.rollbacks ?? []).length === 0;
+    const ofRecord = { step: record.step, lastReport: record.lastReport, branch: { rollbacks: record.rollbacks, lossWatch: UNWATCHED } };
+    const counted = empty ? { ...this.#metrics.counted!, ...ofRecord } : this.#metrics.counted;
     const reached = counted?.step ?? record.step;
+    const rollbacks = counted === null ? record.rollbacks : (counted.branch?.rollbacks ?? []);
+    const found = await findCheckpoints(this.#directory, rollbacks);
+    this.#background('abandoned checkpoints', deleteAbandoned(this.#directory, rollbacks));
     const checkpoints = found.good.filter((checkpoint) => checkpoint.step <= reached);
     const newest = checkpoints.at(-1)?.step ?? 0;
-    const logThrough = await exchange.logThrough(this.#run, newest, reached);
+    const logThrough = await exchange.logThrough(this.#run, newest, reached, rollbacks);
     const { orchestrator, queue, redis } = config;
     this.#state = initialState(
       {
@@ -198,7 +204,8 @@ export class Driver {
     );
     this.#logger.info({ phase: record.phase, step: this.#state.step, epoch: this.#state.epoch }, record.phase === 'queued' ? 'run begins' : 'run is taken up');
     const { phase, epoch, step: at } = this.#state;
-    this.#append('history', () => this.#history.append({ type: 'taken', atMs: Date.now(), epoch, phase, step: at, checkpoint: newest }));
+    const branch = rollbacks.length === 0 ? {} : { branch: rollbacks.length };
+    this.#append('history', () => this.#history.append({ type: 'taken', atMs: Date.now(), epoch, phase, step: at, checkpoint: newest, ...branch }));
     queues.listen(this.#run, this.#hearJob);
     await watch.look();
     this.#sharing = new Sharing({
@@ -355,6 +362,7 @@ export class Driver {
         return this.#writeControl(effect.control);
       case 'metrics':
         this.#append('metrics', () => this.#metrics.append(effect.line));
+        if (effect.line.type === 'rollback') this.#syncFiles();
         return null;
       case 'recount':
         this.#compare(effect.report);
@@ -379,13 +387,13 @@ export class Driver {
       case 'lookup':
         return this.#lookUp(effect.jobs);
       case 'trim':
-        this.#background('trim', exchange.trim(this.#run, this.#spec, effect.from, effect.through));
+        this.#background('trim', exchange.trim(this.#run, this.#spec, effect.from, effect.through, effect.rollbacks));
         return null;
       case 'deleteCheckpoints':
         for (const directory of effect.directories) this.#background('old checkpoint', deleteCheckpoint(directory));
         return null;
       case 'findCheckpoints':
-        return findCheckpoints(this.#directory).then(({ good, bad }) => this.#hear({ type: 'checkpoints', good, bad }));
+        return findCheckpoints(this.#directory, this.#state.rollbacks).then(({ good, bad }) => this.#hear({ type: 'checkpoints', good, bad }));
       case 'finish':
         return this.#finish();
     }
@@ -512,6 +520,7 @@ export class Driver {
     if (await store.owns(this.#run, this.#token)) this.#writeRecordFile(record);
     await store.close(this.#run, this.#token, record, this.#lastWord!);
     if (!completed) await this.#eraseWork(epoch, config.orchestrator.requestTimeoutMs);
+    await deleteAbandoned(this.#directory, this.#state.rollbacks);
     await store.leave(this.#run, this.#token);
     this.#end('done');
   }

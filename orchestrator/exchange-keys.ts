@@ -1,7 +1,9 @@
 /**
  * Deletes what a run has in the exchange, by name only: the orchestrator never reads a tensor. Called by driver.ts.
  */
+import { branchOf } from '../config/branches.ts';
 import { keys } from '../config/keys.ts';
+import type { Rollback } from '../config/messages.ts';
 import type { Redis } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
 import { parameterShapes } from '../config/presets.ts';
@@ -23,23 +25,23 @@ export class ExchangeKeys {
   }
 
   /** The last step of the unbroken row of reduced gradients that begins after `from`, looking no further than `through`. */
-  async logThrough(run: string, from: number, through: number): Promise<number> {
+  async logThrough(run: string, from: number, through: number, rollbacks: readonly Rollback[]): Promise<number> {
     for (let first = from + 1; first <= through; first += PAGE) {
       const steps = Array.from({ length: Math.min(PAGE, through - first + 1) }, (_, index) => first + index);
-      const there = await Promise.all(steps.map((step) => this.#redis.exists(this.#names.reducedGradient(run, step))));
+      const there = await Promise.all(steps.map((step) => this.#redis.exists(this.#names.reducedGradient(run, step, branchOf(rollbacks, step)))));
       const gap = there.indexOf(0);
       if (gap !== -1) return first + gap - 1;
     }
     return Math.max(from, through);
   }
 
-  /** Deletes the reduced gradients of steps from+1 to through. */
-  async trim(run: string, spec: RunSpec, from: number, through: number): Promise<void> {
+  /** Deletes the reduced gradients of steps from+1 to through, of the branch that `rollbacks` led to. */
+  async trim(run: string, spec: RunSpec, from: number, through: number, rollbacks: readonly Rollback[] = []): Promise<void> {
     // The workers' flat buffers pad each tensor a little.
     const bytes = gradientBytes(spec) + PADDING_BYTES * parameterShapes(spec.model).length;
     const chunks = Math.ceil(bytes / this.#config.exchange.chunkBytes);
     for (let step = from + 1; step <= through; step++) {
-      const key = this.#names.reducedGradient(run, step);
+      const key = this.#names.reducedGradient(run, step, branchOf(rollbacks, step));
       await this.#redis.unlink(key, ...Array.from({ length: chunks }, (_, index) => `${key}:${index}`));
     }
   }

@@ -18,8 +18,16 @@ const FILE_BYTES = 64 << 20;
 /** Of a driver's token: enough to tell two drivers of one run apart. */
 const TOKEN_LENGTH = 8;
 
-/** A driver took the run up: from here on every line is its own. `step`: steps counted; `checkpoint`: step of the newest, or 0. */
-export type TakenEvent = { readonly type: 'taken'; readonly atMs: number; readonly epoch: number; readonly phase: RunPhase; readonly step: number; readonly checkpoint: number };
+/** A driver took the run up: from here on every line is its own. `step`: steps counted; `checkpoint`: step of the newest, or 0; `branch`: rollbacks so far, absent: 0. */
+export interface TakenEvent {
+  readonly type: 'taken';
+  readonly atMs: number;
+  readonly epoch: number;
+  readonly phase: RunPhase;
+  readonly step: number;
+  readonly checkpoint: number;
+  readonly branch?: number;
+}
 /** A line of history.jsonl. */
 export type HistoryLine = { readonly driver: string } & (HistoryEvent | TakenEvent);
 

@@ -1,14 +1,18 @@
 /**
  * The draft of a run's next state, and the small verbs by which the rules of run-machine.ts change it: each keeps what must hold
- * together (an epoch and its control, a fault and its count, a phase and its event) and decides nothing. PURE.
+ * together (an epoch and its control, a job and its activity, a fault and its count, a phase and its event) and decides nothing. PURE.
  */
+import { branchOf, checkpointName } from '../config/branches.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import { TERMINAL_PHASES } from '../config/messages.ts';
-import type { RunEvent, RunFault, RunPhase } from '../config/messages.ts';
+import type { Origin, RunEvent, RunFault, RunPhase } from '../config/messages.ts';
 import { holdersOf } from './activities.ts';
 import type { Of } from './activities.ts';
+import { nextBoundary } from './plan.ts';
+import type { Way } from './plan.ts';
+import { originRollbacks } from './rollback.ts';
 import { FAULTS_KEPT, jobId } from './run-state.ts';
-import type { Effect, HistoryEntry, Holder, NewJob, RunState } from './run-state.ts';
+import type { Effect, HistoryEntry, Holder, JobAddress, NewJob, RunState } from './run-state.ts';
 
 type Draft = { -readonly [Key in keyof RunState]: RunState[Key] };
 
@@ -39,9 +43,9 @@ export class MachineDraft {
     this.state.measurements = { ...this.state.measurements, exchangeBytesPerMs: exchangeBytesPerMs === null ? value : exchangeBytesPerMs + SMOOTHING * (value - exchangeBytesPerMs) };
   }
 
-  protected origin(): { run: string; epoch: number; checkpoint: RunState['checkpoints'][number] | null; spec: RunState['settings']['spec'] } {
-    const { settings, epoch, checkpoints, version } = this.state;
-    return { run: settings.run, epoch, checkpoint: checkpoints.filter((each) => each.step <= version).at(-1) ?? null, spec: settings.spec };
+  protected origin(): Omit<Origin, 'spec'> & { spec: RunState['settings']['spec'] } {
+    const { settings, epoch, checkpoints, version, rollbacks } = this.state;
+    return { run: settings.run, epoch, checkpoint: checkpoints.filter((each) => each.step <= version).at(-1) ?? null, ...originRollbacks(rollbacks), spec: settings.spec };
   }
 
   protected job(name: NewJob['name'], at: number, part: number, worker: string | null, data: object): NewJob {
@@ -56,6 +60,57 @@ export class MachineDraft {
     this.note({ type: 'job', kind: activity.kind, from: version, through, workers: holdersOf(this.state.activity).map(({ id }) => id) });
     this.state.lastNewsMs = this.atMs;
     this.state.silenceRecorded = false;
+  }
+
+  protected addSteps(holder: Holder): void {
+    const { settings, version } = this.state;
+    const stepCount = nextBoundary(settings.spec, version, settings.stepsPerJob) - version;
+    this.ensureRunning();
+    const job = this.job('steps', version, 0, holder.id, { ...this.origin(), fromStep: version, stepCount });
+    this.start({ kind: 'steps', job: address(job), holder, fromStep: version, stepCount });
+    this.effects.push({ type: 'add', job });
+  }
+
+  protected addFlow(way: Way): void {
+    const { spec } = this.state.settings;
+    const at = this.state.version + 1;
+    this.ensureRunning();
+    const origin = this.origin();
+    const place = (index: number): string | null => (way.shared ? null : way.workers[index % way.workers.length]!);
+    const parent = this.job('reduce', at, 0, place(0), { ...origin, step: at, shardCount: spec.batch.shards });
+    const children = Array.from({ length: spec.batch.shards }, (_, shard) => this.job('shard', at, shard, place(shard), { ...origin, step: at, shard }));
+    const holders = way.workers.map((id) => this.holderOf(id));
+    this.start({ kind: 'flow', step: at, parent: address(parent), children: children.map(address), holders });
+    this.effects.push({ type: 'flow', parent, children });
+  }
+
+  protected addCheckpoint(holder: Holder): void {
+    const { settings, version } = this.state;
+    if (this.atMs < this.state.saveNotBeforeMs) return;
+    this.state.diskFull = false;
+    const directory = `${settings.checkpointRoot}/${checkpointName(version, this.branchAt(version))}`;
+    this.ensureRunning();
+    const job = this.job('checkpoint', version, this.state.saves++, holder.id, { ...this.origin(), step: version, directory });
+    this.start({ kind: 'checkpoint', job: address(job), holder, step: version, directory });
+    this.effects.push({ type: 'add', job });
+  }
+
+  protected addEval(holder: Holder): void {
+    const { settings, version } = this.state;
+    this.ensureRunning();
+    const { data: { validation }, evaluation: { sequences }, batch: { sequenceLength } } = settings.spec;
+    const data = { replica: { ...this.origin(), step: version }, checkpoint: null, data: validation!, sequences, sequenceLength };
+    const job = this.job('eval', version, 0, holder.id, data);
+    this.start({ kind: 'eval', job: address(job), holder, step: version });
+    this.effects.push({ type: 'add', job });
+  }
+
+  protected addDigests(holders: readonly Holder[], final: boolean): void {
+    const { version } = this.state;
+    this.ensureRunning();
+    const jobs = holders.map((holder, part) => ({ holder, job: this.job('digest', version, part, holder.id, { ...this.origin(), step: version }) }));
+    this.start({ kind: 'digest', final, step: version, jobs: jobs.map(({ job, holder }) => ({ ...address(job), holder })), results: [] });
+    for (const { job } of jobs) this.effects.push({ type: 'add', job });
   }
 
   protected idle(): void {
@@ -112,6 +167,11 @@ export class MachineDraft {
     this.publish({ type: 'fault', ...fault });
   }
 
+  /** The branch of a version that the run has, or had. */
+  protected branchAt(version: number): number {
+    return branchOf(this.state.rollbacks, version);
+  }
+
   protected over(): boolean {
     return TERMINAL_PHASES.includes(this.state.phase);
   }
@@ -124,3 +184,5 @@ export class MachineDraft {
     return { id, incarnation: this.state.workers.find((worker) => worker.id === id)?.incarnation ?? '' };
   }
 }
+
+const address = ({ queue, worker, id }: NewJob): JobAddress => ({ queue, worker, id });

@@ -173,8 +173,12 @@ export interface CheckpointPlace {
   readonly step: number;
 }
 
-/** The checkpoints, oldest first, that the spec's rules no longer keep. Never the newest. */
-export function checkpointsToDelete(spec: RunSpec, checkpoints: readonly CheckpointPlace[]): CheckpointPlace[] {
+/**
+ * The checkpoints, oldest first, that the spec's rules no longer keep. Never the newest, nor the newest at or before `target`: the
+ * version to which the run may be rolled back (null: none).
+ */
+export function checkpointsToDelete(spec: RunSpec, checkpoints: readonly CheckpointPlace[], target: number | null = null): CheckpointPlace[] {
   const old = checkpoints.slice(0, Math.max(0, checkpoints.length - spec.checkpoint.keep));
-  return old.filter(({ step }) => !isMultiple(step, spec.checkpoint.keepEvery));
+  const needed = target === null ? undefined : checkpoints.findLast(({ step }) => step <= target);
+  return old.filter((each) => each !== needed && !isMultiple(each.step, spec.checkpoint.keepEvery));
 }

@@ -17,7 +17,9 @@ import { TERMINAL_PHASES } from '../config/messages.ts';
 import type { RunPhase, RunRecord } from '../config/messages.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import { listCheckpoints } from '../data/checkpoint-files.ts';
-import type { EvalLine, StepLine } from './metrics.ts';
+import { presentBranch } from './metrics.ts';
+import type { EvalLine, RunLine } from './metrics.ts';
+import { branchOf, survives } from '../config/branches.ts';
 import { readRecordFile, readSpecFile } from './run-directory.ts';
 import { queuedRecord } from './run-state.ts';
 import type { RunStore } from './run-store.ts';
@@ -93,19 +95,23 @@ export function rebuild(directory: string): { readonly spec: RunSpec; readonly r
   if (spec.name !== run) throw new NnError('RUN_STATE', `${directory} holds a run named ${JSON.stringify(spec.name)}; give the directory that name`, { run });
   // Without a record the run was never taken up, or by an older version: it goes on from what else is there.
   const kept = readRecordFile(directory) ?? queuedRecord(run, spec, Date.now());
-  const steps = linesOf<StepLine>(join(directory, 'metrics.jsonl')).filter(({ step }, index) => step === index + 1);
-  const evals = linesOf<EvalLine>(join(directory, 'evals.jsonl')).filter(({ loss }) => loss !== null);
-  const epoch = steps.reduce((most, line) => Math.max(most, line.epoch), kept.epoch) + EPOCHS_UNWRITTEN + 1;
-  const [newest] = listCheckpoints(directory);
+  const lines = linesOf<RunLine>(join(directory, 'metrics.jsonl'));
+  const { step: reached, steps, evals: all, rollbacks: written } = presentBranch(lines, linesOf<EvalLine>(join(directory, 'evals.jsonl')));
+  const rollbacks = lines.length === 0 ? kept.rollbacks : written;
+  const evals = all.filter(({ loss }) => loss !== null);
+  const epoch = lines.reduce((most, line) => Math.max(most, line.epoch), kept.epoch) + EPOCHS_UNWRITTEN + 1;
+  const newest = listCheckpoints(directory).find(({ step, branch }) => branch === branchOf(rollbacks, step));
   const last = evals.at(-1);
+  const validation = survives(kept.validation?.step ?? 0, rollbacks.slice(kept.rollbacks.length)) ? kept.validation : null;
   const record: RunRecord = {
     ...kept,
     run,
-    step: steps.length > 0 ? steps.length : Math.max(kept.step, newest?.step ?? 0),
+    step: lines.length > 0 ? reached : Math.max(kept.step, newest?.step ?? 0),
     checkpoint: newest === undefined ? null : { directory: newest.directory, step: newest.step },
+    rollbacks,
     skippedSteps: Math.max(kept.skippedSteps, steps.filter(({ skipped }) => skipped).length),
     firstLoss: steps[0]?.loss ?? kept.firstLoss,
-    validation: last === undefined ? kept.validation : { step: last.step, loss: last.loss! },
+    validation: last === undefined ? validation : { step: last.step, loss: last.loss! },
     validationBefore: evals.find(({ step }) => step === 0)?.loss ?? kept.validationBefore,
   };
   if (TERMINAL_PHASES.includes(kept.phase)) return { spec, record };

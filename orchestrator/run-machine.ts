@@ -8,6 +8,7 @@
  *   running    pause                       pausing    Control `stop`; a flow is given up (epoch + 1), other jobs end by themselves
  *   running    last digest reported        completed  finish
  *   running    never-failure, too many     failed     epoch + 1, Control `stop`, finish
+ *   any        the loss rose too far       the same   epoch + 1, back to an earlier version, `step` with it; a new branch begins there
  *   running    maxDurationSeconds are over failed     at the step boundary, after a checkpoint; finish
  *   running    checkpoint meets DISK_FULL  pausing    then paused at the step boundary: the worker stays claimed, its replica is kept
  *   pausing    nothing under way           paused     after a checkpoint, if the version is nowhere else; release the workers
@@ -28,21 +29,28 @@
  *
  * Exactly once: a report is appended when it is that of step + 1, and no other way. Jobs carry the epoch in id and payload;
  * only those of the activity at hand are listened to, and giving up on an activity raises the epoch.
+ *
+ * Rollbacks (loss-spike.ts) depend on the counted reports alone, and are decided as they are counted: who takes the run over and finds
+ * a spike that nobody acted upon does what was left undone. The branch that is given up has names of its own for all that it left.
  */
+import { branchOf } from '../config/branches.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import { ERROR_KINDS } from '../config/errors.ts';
 import { parseMessage, parseResult, results, TERMINAL_PHASES } from '../config/messages.ts';
-import type { Result, StepReport } from '../config/messages.ts';
+import type { Result, Rollback, StepReport } from '../config/messages.ts';
 import { tokensPerStep } from '../config/run-spec.ts';
 import { adoptable, holdersOf, jobsOf, nameOf } from './activities.ts';
 import type { Of } from './activities.ts';
 import { beginAttempt, changeAttempt, endAttempt } from './attempts.ts';
 import { fatalJob, forgive, killOf, tooMany } from './kills.ts';
+import { oldestTarget, spikeOf, watchLoss } from './loss-spike.ts';
+import type { Spike } from './loss-spike.ts';
 import { MachineDraft, SMOOTHING } from './machine-draft.ts';
-import { checkpointDue, checkpointsToDelete, chooseWay, comparisonDue, evalDue, nextBoundary } from './plan.ts';
+import { checkpointDue, checkpointsToDelete, chooseWay, comparisonDue, evalDue } from './plan.ts';
 import type { Way, WorkerView } from './plan.ts';
+import { isAbandoned, listed, rollbacksIn, rolledBack, spikeError, standsAtVersion } from './rollback.ts';
 import { parseJobId } from './run-state.ts';
-import type { Activity, Effect, Holder, JobAddress, MachineEvent, NewJob, RunState, Saving, StepSource } from './run-state.ts';
+import type { Activity, Effect, Holder, JobAddress, MachineEvent, RunState, Saving, StepSource } from './run-state.ts';
 
 /** Steps whose shard digests are remembered, for late reports. */
 const DIGESTS_KEPT = 4;
@@ -112,7 +120,7 @@ class Machine extends MachineDraft {
     state.lastNewsMs = this.atMs;
     if (state.activity === null && state.home === null) {
       const { run } = state.settings;
-      const holder = state.workers.find((worker) => worker.heldBy === run && worker.replica?.run === run && worker.replica.step === state.version);
+      const holder = state.workers.find((worker) => worker.heldBy === run && standsAtVersion(state, worker));
       if (holder !== undefined) state.home = { id: holder.id, incarnation: holder.incarnation };
     }
     const fromStep = state.activity === null && state.home === null ? Math.min(state.version, state.sharedVersion) : state.version;
@@ -124,7 +132,8 @@ class Machine extends MachineDraft {
     // Deaths of long ago were counted by whoever drove the run then.
     const old = state.workers.filter((worker) => killOf(worker, state.settings.run, state.step)?.epoch !== state.epoch);
     this.told(old.map(({ incarnation }) => incarnation));
-    this.hearWorkers(state.workers);
+    this.rollBackIfDue();
+    if (!this.over()) this.hearWorkers(state.workers);
   }
 
   private hearWorkers(workers: readonly WorkerView[]): void {
@@ -230,8 +239,10 @@ class Machine extends MachineDraft {
 
   private stepsCompleted(activity: Of<'steps'>, result: Result<'steps'>): void {
     const { settings } = this.state;
-    for (const report of result.reports) this.count(report, alone(result.worker));
-    if (this.over()) return;
+    for (const report of result.reports) {
+      this.count(report, alone(result.worker));
+      if (this.state.activity !== activity) return;
+    }
     const reached = activity.fromStep + result.stepsDone;
     if (this.state.step < reached) return this.badResult(`${activity.job.id} tells of ${result.stepsDone} steps, but not of each`);
     this.reach(reached, activity.holder);
@@ -255,6 +266,7 @@ class Machine extends MachineDraft {
     if (current) this.state.lastNewsMs = this.atMs;
     this.measureCompute(result.timings.computeMs);
     this.measureExchange(result.bytes, result.timings.exchangeMs);
+    if (isAbandoned(this.state.rollbacks, result.step, result.epoch)) return;
     const known = this.state.digests.get(result.step)?.get(result.shard);
     if (known?.digest !== result.digest || known.worker !== result.worker) {
       const { step: at, shard, worker, epoch, digest } = result;
@@ -282,7 +294,7 @@ class Machine extends MachineDraft {
     if (this.state.sharedVersion === activity.step - 1) this.state.sharedVersion = activity.step;
     this.reach(activity.step, holder);
     this.count(result.report, { way: 'flow', worker: result.worker, digest: result.digest, shards: result.shards });
-    if (this.over()) return;
+    if (this.state.activity !== activity) return;
     this.idle();
     this.decide();
   }
@@ -327,14 +339,15 @@ class Machine extends MachineDraft {
   /** Between two activities, when no job rests on them: deletes old checkpoints, and the reduced gradients that the newest covers. */
   private tidy(): void {
     const state = this.state;
-    const old = checkpointsToDelete(state.settings.spec, state.checkpoints);
+    const { spec } = state.settings;
+    const old = checkpointsToDelete(spec, state.checkpoints, oldestTarget(spec, state.lossWatch, state.step));
     if (old.length > 0) {
       state.checkpoints = state.checkpoints.filter((each) => !old.includes(each));
       this.effects.push({ type: 'deleteCheckpoints', directories: old.map(({ directory }) => directory) });
     }
     const newest = state.checkpoints.at(-1)?.step ?? 0;
     if (newest <= state.trimmedThrough) return;
-    this.effects.push({ type: 'trim', from: state.trimmedThrough, through: newest });
+    this.effects.push({ type: 'trim', from: state.trimmedThrough, through: newest, ...listed(state.rollbacks) });
     state.trimmedThrough = newest;
   }
 
@@ -365,7 +378,8 @@ class Machine extends MachineDraft {
       validation: result.loss === null ? shown.validation : { step: activity.step, loss: result.loss },
       validationBefore: activity.step === 0 ? result.loss : shown.validationBefore,
     };
-    this.effects.push({ type: 'metrics', line: { type: 'eval', atMs: this.atMs, step: activity.step, loss: result.loss } });
+    const branch = this.branchAt(activity.step);
+    this.effects.push({ type: 'metrics', line: { type: 'eval', atMs: this.atMs, step: activity.step, loss: result.loss, ...(branch === 0 ? {} : { branch }) } });
     if (result.loss !== null) this.publish({ type: 'eval', step: activity.step, loss: result.loss, atMs: this.atMs });
     this.decide();
   }
@@ -538,7 +552,8 @@ class Machine extends MachineDraft {
   private adopt({ job, data, processedAtMs, finished, progress, related }: Extract<MachineEvent, { type: 'adopt' }>): void {
     const { state } = this;
     const parts = parseJobId(job.id);
-    if (parts === null || parts.run !== state.settings.run || parts.name === 'shard') return;
+    this.rollBackIfDue();
+    if (this.over() || parts === null || parts.run !== state.settings.run || parts.name === 'shard') return;
     // A worker that started after the job was taken is not the one that took it.
     const view = state.workers.find((worker) => worker.id === job.worker);
     const gone = view === undefined || (processedAtMs !== null && view.startedAtMs > processedAtMs);
@@ -546,11 +561,12 @@ class Machine extends MachineDraft {
     if (parts.name === 'checkpoint') state.saves = Math.max(state.saves, parts.part + 1);
     if (parts.name === 'checkpoint' && !finished && results.checkpointProgress.safeParse(progress).success) return this.adoptSaving(job, data, holder);
     if (parts.epoch !== state.epoch) return;
-    const activity = adoptable(state, parts.name, job, data, holder, related);
+    const ofBranch = rollbacksIn(data) === state.rollbacks.length;
+    const activity = ofBranch ? adoptable(state, parts.name, job, data, holder, related) : null;
     if (activity !== null && (finished || activity.kind !== 'flow')) {
       state.activity = activity;
       if (activity.kind === 'steps') state.version = activity.fromStep;
-    } else if (!finished) {
+    } else if (!finished || !ofBranch) {
       this.effects.push({ type: 'remove', jobs: [job, ...related] });
       this.giveUp();
     }
@@ -558,9 +574,9 @@ class Machine extends MachineDraft {
 
   /** A checkpoint that was copied goes on whatever its epoch. One that the run knows as complete, or not as its own, is left to end. */
   private adoptSaving(job: JobAddress, data: unknown, holder: Holder): void {
-    const { step: at, directory } = parseMessage('checkpoint', data);
+    const { step: at, directory, rollbacks } = parseMessage('checkpoint', data);
     const { saving, checkpoints, step: counted } = this.state;
-    if (at > counted || at <= Math.max(checkpoints.at(-1)?.step ?? 0, saving?.step ?? 0)) return;
+    if (at > counted || branchOf(rollbacks, at) !== this.branchAt(at) || at <= Math.max(checkpoints.at(-1)?.step ?? 0, saving?.step ?? 0)) return;
     this.state.saving = { job, holder, step: at, directory, unwanted: false, checkedAtMs: this.atMs };
   }
 
@@ -573,6 +589,7 @@ class Machine extends MachineDraft {
     if (state.phase === 'pausing') return this.decidePausing();
     if (state.phase !== 'running') return;
     this.catchUp();
+    if (this.targetIsBeingWritten()) return;
     if (state.ending !== null) return this.decideEnding(state.ending);
     const way = this.wanted();
     this.setWay(way);
@@ -605,6 +622,12 @@ class Machine extends MachineDraft {
     if (newest <= state.version) return;
     state.version = newest;
     state.home = null;
+  }
+
+  /** The version that the run was rolled back to is sooner on the disk than it is computed again. */
+  private targetIsBeingWritten(): boolean {
+    const { saving, version, rollbacks } = this.state;
+    return saving !== null && !saving.unwanted && saving.step > version && saving.step === rollbacks.at(-1)?.toStep;
   }
 
   /** Whether nothing is to be checkpointed before the next thing: else a checkpoint is begun, or the one being written is waited for. */
@@ -684,57 +707,6 @@ class Machine extends MachineDraft {
     this.state.way = way;
     if (before !== null && before.exchange === way.exchange && before.workers.length === way.workers.length && (way.workers.length > 0 || before.reason === way.reason)) return;
     this.publish({ type: 'way', exchange: way.exchange, workers: way.workers.length, reason: way.reason, atMs: this.atMs });
-  }
-
-  private addSteps(holder: Holder): void {
-    const { settings, version } = this.state;
-    const stepCount = nextBoundary(settings.spec, version, settings.stepsPerJob) - version;
-    this.ensureRunning();
-    const job = this.job('steps', version, 0, holder.id, { ...this.origin(), fromStep: version, stepCount });
-    this.start({ kind: 'steps', job: address(job), holder, fromStep: version, stepCount });
-    this.effects.push({ type: 'add', job });
-  }
-
-  private addFlow(way: Way): void {
-    const { spec } = this.state.settings;
-    const at = this.state.version + 1;
-    this.ensureRunning();
-    const origin = this.origin();
-    const place = (index: number): string | null => (way.shared ? null : way.workers[index % way.workers.length]!);
-    const parent = this.job('reduce', at, 0, place(0), { ...origin, step: at, shardCount: spec.batch.shards });
-    const children = Array.from({ length: spec.batch.shards }, (_, shard) => this.job('shard', at, shard, place(shard), { ...origin, step: at, shard }));
-    const holders = way.workers.map((id) => this.holderOf(id));
-    this.start({ kind: 'flow', step: at, parent: address(parent), children: children.map(address), holders });
-    this.effects.push({ type: 'flow', parent, children });
-  }
-
-  private addCheckpoint(holder: Holder): void {
-    const { settings, version } = this.state;
-    if (this.atMs < this.state.saveNotBeforeMs) return;
-    this.state.diskFull = false;
-    const directory = `${settings.checkpointRoot}/step-${version}`;
-    this.ensureRunning();
-    const job = this.job('checkpoint', version, this.state.saves++, holder.id, { ...this.origin(), step: version, directory });
-    this.start({ kind: 'checkpoint', job: address(job), holder, step: version, directory });
-    this.effects.push({ type: 'add', job });
-  }
-
-  private addEval(holder: Holder): void {
-    const { settings, version } = this.state;
-    this.ensureRunning();
-    const { data: { validation }, evaluation: { sequences }, batch: { sequenceLength } } = settings.spec;
-    const data = { replica: { ...this.origin(), step: version }, checkpoint: null, data: validation!, sequences, sequenceLength };
-    const job = this.job('eval', version, 0, holder.id, data);
-    this.start({ kind: 'eval', job: address(job), holder, step: version });
-    this.effects.push({ type: 'add', job });
-  }
-
-  private addDigests(holders: readonly Holder[], final: boolean): void {
-    const { version } = this.state;
-    this.ensureRunning();
-    const jobs = holders.map((holder, part) => ({ holder, job: this.job('digest', version, part, holder.id, { ...this.origin(), step: version }) }));
-    this.start({ kind: 'digest', final, step: version, jobs: jobs.map(({ job, holder }) => ({ ...address(job), holder })), results: [] });
-    for (const { job } of jobs) this.effects.push({ type: 'add', job });
   }
 
   // --- Giving up ----------------------------------------------------------------------------------------------------
@@ -851,6 +823,7 @@ class Machine extends MachineDraft {
     state.notBeforeMs = 0;
     state.kills = forgive(state.kills, ['steps', 'shard', 'reduce'], report.step);
     state.skippedInARow = report.skipped ? state.skippedInARow + 1 : 0;
+    state.lossWatch = watchLoss(settings.spec, state.lossWatch, report);
     state.shown = {
       ...shown,
       lastReport: report,
@@ -862,6 +835,35 @@ class Machine extends MachineDraft {
     this.note({ type: 'step', step: report.step, ...source });
     this.publish({ type: 'step', report, tokensPerSecond, atMs: this.atMs });
     if (report.skipped) this.hearNonFinite(report);
+    else this.rollBackIfDue();
+  }
+
+  /** What was counted last may complete a spike: the run goes back, or fails if it has done so too often. */
+  private rollBackIfDue(): void {
+    const { settings: { spec }, lossWatch, step: at, rollbacks } = this.state;
+    const spike = spikeOf(spec, lossWatch);
+    if (spike === null) return;
+    const error = spikeError(spec, spike, at, rollbacks.length);
+    if (rollbacks.length >= spec.lossSpike.maxRollbacks) return this.fail(error);
+    this.rollBack(spike, error);
+  }
+
+  /** The rollback is written down before anything else is done about it. */
+  private rollBack({ loss, threshold, toStep }: Spike, error: ErrorRecord): void {
+    const { step: fromStep, epoch, rollbacks, checkpoints, trimmedThrough, saving } = this.state;
+    const rollback: Rollback = { atMs: this.atMs, branch: rollbacks.length + 1, fromStep, toStep, epoch: epoch + 1, loss, threshold };
+    this.effects.push({ type: 'metrics', line: { type: 'rollback', ...rollback } });
+    this.giveUp();
+    Object.assign(this.state, rolledBack(this.state, rollback));
+    this.note({ type: 'rollback', branch: rollback.branch, fromStep, toStep });
+    this.fault('loss spike', error);
+    this.publish({ type: 'rollback', ...rollback });
+    if (saving !== null && saving.step > toStep) this.state.saving = { ...saving, unwanted: true };
+    const abandoned = checkpoints.filter((each) => each.step > toStep).map(({ directory }) => directory);
+    if (abandoned.length > 0) this.effects.push({ type: 'deleteCheckpoints', directories: abandoned });
+    const from = Math.max(trimmedThrough, toStep);
+    if (fromStep > from) this.effects.push({ type: 'trim', from, through: fromStep, ...listed(rollbacks) });
+    this.decide();
   }
 
   /** A skipped step is a fault on record; too many in a row end the run. The tensor's name says the layer. */
@@ -887,4 +889,3 @@ const layerOf = (tensor: string | null): number | null => {
 };
 /** Whether no attempt cures it. */
 const isFatal = ({ code }: ErrorRecord): boolean => code === 'BUG' || (ERROR_KINDS[code].recovery === 'never' && code !== 'CANCELLED');
-const address = ({ queue, worker, id }: NewJob): JobAddress => ({ queue, worker, id });

@@ -2,12 +2,15 @@
  * The words of the run machine: its state, its events, its effects, and the record that others see of it. PURE, types
  * and small constructors only; the rules are in run-machine.ts, the doing in driver.ts.
  */
+import { survives } from '../config/branches.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import type { Control } from '../config/keys.ts';
-import type { Result, RunEvent, RunPhase, RunRecord, StepReport } from '../config/messages.ts';
+import type { Result, Rollback, RunEvent, RunPhase, RunRecord, StepReport } from '../config/messages.ts';
 import type { RunSpec } from '../config/run-spec.ts';
 import { changeAttempt } from './attempts.ts';
 import { mostWorkers } from './plan.ts';
+import { UNWATCHED } from './loss-spike.ts';
+import type { LossWatch } from './loss-spike.ts';
 import type { CheckpointPlace, Measurements, Way, WorkerView } from './plan.ts';
 import type { Demand, Share } from './share.ts';
 
@@ -18,7 +21,7 @@ export const FAULTS_KEPT = 100;
 export interface RunSettings {
   readonly run: string;
   readonly spec: RunSpec;
-  /** Checkpoints are written to `<checkpointRoot>/step-<n>`. */
+  /** Checkpoints are written to `<checkpointRoot>/<name>` (config/branches.ts). */
   readonly checkpointRoot: string;
   /** Steps whose reduced gradients the exchange may hold before a checkpoint is brought forward. */
   readonly logSteps: number;
@@ -117,11 +120,14 @@ export interface RunState {
   readonly epoch: number;
   /** What Control says now. */
   readonly command: Control['command'];
-  /** Steps counted: reported and appended to the metrics, each once, in order. Never falls. */
+  /** Steps counted: reported and appended to the metrics, each once on its branch, in order. Falls at a rollback, and never else. */
   readonly step: number;
+  /** Oldest first. The present branch is that of the last one. */
+  readonly rollbacks: readonly Rollback[];
+  readonly lossWatch: LossWatch;
   /** Where the computation stands. Falls back to `sharedVersion` when the only replica at it is lost. */
   readonly version: number;
-  /** The newest version that any worker can reach: the newest checkpoint and the reduced gradients after it. */
+  /** The newest version of the present branch that any worker can reach: the newest checkpoint and the reduced gradients after it. */
   readonly sharedVersion: number;
   /** Who holds a replica at `version`. */
   readonly home: Holder | null;
@@ -231,7 +237,8 @@ export type MachineEvent = { readonly atMs: number } & (
 /** One line of metrics.jsonl. */
 export type MetricsLine =
   | { readonly type: 'step'; readonly atMs: number; readonly epoch: number; readonly tokensPerSecond: number; readonly report: StepReport }
-  | { readonly type: 'eval'; readonly atMs: number; readonly step: number; readonly loss: number | null };
+  | { readonly type: 'eval'; readonly atMs: number; readonly step: number; readonly loss: number | null; /** Absent: 0. */ readonly branch?: number }
+  | ({ readonly type: 'rollback' } & Rollback);
 
 /** A gradient that went into a step's sum. */
 export type ShardInput = Result<'reduce'>['shards'][number];
@@ -245,6 +252,8 @@ export type HistoryEntry =
   /** Jobs were decided on that begin at version `from` and end at `through`. */
   | { readonly type: 'job'; readonly kind: Exclude<Activity['kind'], 'claim' | 'findCheckpoints'>; readonly from: number; readonly through: number; readonly workers: readonly string[] }
   | { readonly type: 'epoch' }
+  /** Steps after `toStep` are void from here on, and so is what any epoch before this line's tells of them. */
+  | { readonly type: 'rollback'; readonly branch: number; readonly fromStep: number; readonly toStep: number }
   | { readonly type: 'checkpoint'; readonly step: number; readonly worker: string }
   | { readonly type: 'phase'; readonly phase: RunPhase; readonly weightsDigest: string | null }
   | { readonly type: 'fault'; readonly what: string; readonly code: ErrorRecord['code'] };
@@ -268,8 +277,8 @@ export type Effect =
   /** Follows the effect that it tells of. */
   | { readonly type: 'history'; readonly event: HistoryEvent }
   | { readonly type: 'publish'; readonly event: RunEvent }
-  /** Delete reduced gradients of steps after `from` up to `through`. */
-  | { readonly type: 'trim'; readonly from: number; readonly through: number }
+  /** Delete reduced gradients of steps after `from` up to `through`, of the branch that `rollbacks` (absent: none) led to. */
+  | { readonly type: 'trim'; readonly from: number; readonly through: number; readonly rollbacks?: readonly Rollback[] }
   | { readonly type: 'deleteCheckpoints'; readonly directories: readonly string[] }
   /** Verify the checkpoints on disk, and answer with `checkpoints`. */
   | { readonly type: 'findCheckpoints' }
@@ -280,7 +289,14 @@ export interface Recovered {
   readonly record: RunRecord;
   readonly control: Control | null;
   /** From metrics.jsonl; it wins over the record, which is written later. */
-  readonly counted: { readonly step: number; readonly lastReport: StepReport | null; readonly skippedInARow: number; readonly lastEvalStep: number } | null;
+  readonly counted: {
+    readonly step: number;
+    readonly lastReport: StepReport | null;
+    readonly skippedInARow: number;
+    readonly lastEvalStep: number;
+    /** Absent: the run was never rolled back, and nobody watches its loss. */
+    readonly branch?: { readonly rollbacks: readonly Rollback[]; readonly lossWatch: LossWatch };
+  } | null;
   /** From faults.jsonl; null: there is none. */
   readonly faults: Pick<RunRecord, 'faults' | 'faultCounts'> | null;
   readonly checkpoints: readonly CheckpointPlace[];
@@ -292,16 +308,24 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
   const { record, counted, checkpoints } = recovered;
   const step = counted?.step ?? record.step;
   // Steps that were skipped in earlier attempts do not end this one.
-  const stepsBefore = record.attempts.findLast((attempt) => attempt.endedAtMs !== null)?.toStep ?? 0;
+  const ended = record.attempts.findLast((attempt) => attempt.endedAtMs !== null);
   const newest = checkpoints.at(-1)?.step ?? 0;
+  const rollbacks = counted === null ? record.rollbacks : (counted.branch?.rollbacks ?? []);
+  const { control } = recovered;
+  // A rollback is written down before anybody is told of its epoch.
+  const epoch = Math.max(record.epoch, control?.epoch ?? 0, rollbacks.at(-1)?.epoch ?? 0);
+  const stepsBefore = ended === undefined || rollbacks.some(({ atMs }) => atMs >= ended.endedAtMs!) ? 0 : ended.toStep;
+  const validation = survives(record.validation?.step ?? 0, rollbacks.slice(record.rollbacks.length)) ? record.validation : null;
   return {
     settings,
     ready: false,
     phase: record.phase,
-    epoch: Math.max(record.epoch, recovered.control?.epoch ?? 0),
-    // Without a control key workers take the run for over: the first job is preceded by one.
-    command: recovered.control?.command ?? 'stop',
+    epoch,
+    // Without a control key workers take the run for over, and one of an older epoch lets them do its jobs: the first job is preceded by one.
+    command: control !== null && control.epoch === epoch ? control.command : 'stop',
     step: Math.max(step, newest),
+    rollbacks,
+    lossWatch: counted?.branch?.lossWatch ?? UNWATCHED,
     version: Math.max(step, newest),
     sharedVersion: Math.min(Math.max(newest, recovered.logThrough), Math.max(step, newest)),
     home: null,
@@ -321,7 +345,7 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
     share: null,
     way: null,
     measurements: { shardComputeMs: null, exchangeBytesPerMs: null },
-    lastEvalStep: Math.max(counted?.lastEvalStep ?? -1, record.validation?.step ?? -1, record.validationBefore === null ? -1 : 0),
+    lastEvalStep: Math.max(counted?.lastEvalStep ?? -1, validation?.step ?? -1, record.validationBefore === null ? -1 : 0),
     lastComparisonStep: 0,
     skippedInARow: Math.max(0, Math.min(counted?.skippedInARow ?? 0, step - stepsBefore)),
     // A run that is tried again is given the benefit of the doubt.
@@ -338,7 +362,7 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
     shown: {
       lastReport: counted?.lastReport ?? record.lastReport,
       firstLoss: record.firstLoss,
-      validation: record.validation,
+      validation,
       validationBefore: record.validationBefore,
       tokensPerSecond: record.tokensPerSecond,
       weightsDigest: record.weightsDigest,
@@ -359,7 +383,7 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
 export function queuedRecord(run: string, spec: RunSpec, atMs: number): RunRecord {
   return {
     run, phase: 'queued', step: 0, steps: spec.steps, epoch: 0, checkpoint: null, lastReport: null, firstLoss: null, validation: null,
-    validationBefore: null, tokensPerSecond: null, weightsDigest: null, way: null, skippedSteps: 0, faults: [], faultCounts: {}, kills: [], attempts: [], runningMs: 0, error: null,
+    validationBefore: null, tokensPerSecond: null, weightsDigest: null, way: null, skippedSteps: 0, rollbacks: [], faults: [], faultCounts: {}, kills: [], attempts: [], runningMs: 0, error: null,
     createdAtMs: atMs, startedAtMs: null, finishedAtMs: null,
   };
 }
@@ -397,6 +421,7 @@ export function recordOf(state: RunState): RunRecord {
     weightsDigest: shown.weightsDigest,
     way: way === null ? null : { exchange: way.exchange, workers: way.workers.length, reason: way.reason },
     skippedSteps: shown.skippedSteps,
+    rollbacks: state.rollbacks,
     faults: shown.faults,
     faultCounts: shown.faultCounts,
     kills: state.kills,

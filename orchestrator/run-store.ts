@@ -201,7 +201,10 @@ const notFound = (run: string): NnError => new NnError('RUN_NOT_FOUND', `there i
 export function readRecord(text: string): RunRecord {
   const record = JSON.parse(text) as RunRecord;
   const faults = (record.faults ?? []).map((fault) => ({ ...fault, worker: fault.worker ?? null }));
-  return { ...record, faults, faultCounts: record.faultCounts ?? {}, kills: record.kills ?? [], attempts: record.attempts ?? [], runningMs: record.runningMs ?? 0 };
+  return {
+    ...record, faults, faultCounts: record.faultCounts ?? {}, kills: record.kills ?? [], rollbacks: record.rollbacks ?? [],
+    attempts: record.attempts ?? [], runningMs: record.runningMs ?? 0,
+  };
 }
 
 const PAST: Record<Wish, string> = { pause: 'paused', resume: 'resumed', cancel: 'cancelled' };

@@ -68,10 +68,13 @@ export function scalarEvent(atMs: number, step: number, scalars: Readonly<Record
   return Buffer.concat([double(1, atMs / 1000), integer(2, step), bytesField(5, Buffer.concat(values))]);
 }
 
+/** An Event with a SessionLog of status START: TensorBoard drops the points that it has of `step` and beyond. */
+export const restartEvent = (atMs: number, step: number): Buffer => Buffer.concat([double(1, atMs / 1000), integer(2, step), bytesField(7, integer(1, 1))]);
+
 const versionEvent = (atMs: number): Buffer => Buffer.concat([double(1, atMs / 1000), text(3, 'brain.Event:2')]);
 
 /** The scalars of a line of the metrics; what is not finite is left out. */
-function scalarsOf(line: MetricsLine): Record<string, number> {
+function scalarsOf(line: Exclude<MetricsLine, { type: 'rollback' }>): Record<string, number> {
   const all: Record<string, number | null> = {};
   if (line.type === 'eval') all['loss/validation'] = line.loss;
   else {
@@ -115,6 +118,10 @@ export class TensorBoardWriter {
       const name = `events.out.tfevents.${Math.floor(this.#atMs / 1000)}.${hostname()}.${process.pid}.${this.#atMs % 1000}`;
       this.#descriptor = openSync(join(this.#directory, name), 'a');
       writeSync(this.#descriptor, frame(versionEvent(this.#atMs)));
+    }
+    if (line.type === 'rollback') {
+      writeSync(this.#descriptor, frame(restartEvent(line.atMs, line.toStep + 1)));
+      return;
     }
     const step = line.type === 'eval' ? line.step : line.report.step;
     writeSync(this.#descriptor, frame(scalarEvent(line.atMs, step, scalarsOf(line))));

@@ -5,14 +5,16 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Command } from 'commander';
+import { branchOf } from '../../config/branches.ts';
 import { NnError, fromErrorRecord } from '../../config/errors.ts';
 import { TERMINAL_PHASES } from '../../config/messages.ts';
-import type { RunEvent, RunRecord } from '../../config/messages.ts';
+import type { Rollback, RunEvent, RunRecord } from '../../config/messages.ts';
 import { parseRunSpec, tokensPerStep } from '../../config/run-spec.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
 import type { Restored } from '../../orchestrator/client.ts';
-import type { EvalLine, StepLine } from '../../orchestrator/metrics.ts';
+import { isRollback, reportOf } from '../../orchestrator/metrics.ts';
+import type { EvalLine, RunLine } from '../../orchestrator/metrics.ts';
 import { eventLine, followRun, meanAux } from '../follow.ts';
 import { withLifetime } from '../lifetime.ts';
 import { readSpec, readText } from '../options.ts';
@@ -92,6 +94,7 @@ export function describeRun(record: RunRecord): string[] {
   if (record.way !== null) rows.push(['way', `${record.way.exchange}, ${record.way.workers} worker${record.way.workers === 1 ? '' : 's'}: ${record.way.reason}`]);
   rows.push(['checkpoint', record.checkpoint === null ? '-' : record.checkpoint.directory]);
   if (record.weightsDigest !== null) rows.push(['digest', record.weightsDigest]);
+  if (record.rollbacks.length > 0) rows.push(['rollbacks', record.rollbacks.map(({ fromStep, toStep }) => `${fromStep} to ${toStep}`).join(', ')]);
   if (record.skippedSteps > 0) rows.push(['skipped', `${record.skippedSteps} steps with gradients that were not finite`]);
   rows.push(['created', `${instant(record.createdAtMs)} UTC`], ['time', elapsed(record)]);
   if (record.error !== null) rows.push(['error', printable(`${record.error.code}: ${record.error.message}`)]);
@@ -132,10 +135,12 @@ async function status(name: string, options: { json?: boolean }): Promise<void> 
   });
 }
 
-type LoggedEvent = Extract<RunEvent, { type: 'step' | 'eval' }>;
-const stepOf = (event: LoggedEvent): number => (event.type === 'step' ? event.report.step : event.step);
+type LoggedEvent = Extract<RunEvent, { type: 'step' | 'eval' | 'rollback' }>;
 
-/** The steps and evals that stand in a run's directory, as events, in order. A last line that is still being written is left out. */
+/**
+ * The steps, rollbacks and evals that stand in a run's directory, as events: each eval after its step, on its branch. A last line that
+ * is still being written is left out.
+ */
 function pastEvents(directory: string): LoggedEvent[] {
   const lines = (file: string): unknown[] => {
     const path = join(directory, file);
@@ -148,11 +153,36 @@ function pastEvents(directory: string): LoggedEvent[] {
       }
     });
   };
-  const steps = (lines('metrics.jsonl') as StepLine[]).map(
-    ({ tokensPerSecond, epoch: _epoch, atMs, ...report }): LoggedEvent => ({ type: 'step', report, tokensPerSecond, atMs }),
-  );
-  const evals = (lines('evals.jsonl') as EvalLine[]).map(({ step, loss, atMs }): LoggedEvent => ({ type: 'eval', step, loss: loss ?? NaN, atMs }));
-  return [...steps, ...evals].sort((a, b) => stepOf(a) - stepOf(b) || (a.type === 'step' ? -1 : 1));
+  const evals = new Map((lines('evals.jsonl') as EvalLine[]).map((line) => [`${line.branch ?? 0}:${line.step}`, line]));
+  const rollbacks: Rollback[] = [];
+  const evalOf = (step: number): LoggedEvent[] => {
+    const line = evals.get(`${branchOf(rollbacks, step)}:${step}`);
+    return line === undefined ? [] : [{ type: 'eval', step, loss: line.loss ?? NaN, atMs: line.atMs }];
+  };
+  const events = (lines('metrics.jsonl') as RunLine[]).flatMap((line): LoggedEvent[] => {
+    if (!isRollback(line)) return [{ type: 'step', report: reportOf(line), tokensPerSecond: line.tokensPerSecond, atMs: line.atMs }, ...evalOf(line.step)];
+    rollbacks.push(line);
+    return [line];
+  });
+  return [...evalOf(0), ...events];
+}
+
+/** Whether an event of the stream, which begins before now, was among those of the past. Steps come again on another branch: times tell these apart. */
+function oldness(past: readonly LoggedEvent[]): (event: RunEvent) => boolean {
+  const lastBack = past.findLastIndex(({ type }) => type === 'rollback');
+  const beforeMs = past[lastBack]?.atMs ?? -Infinity;
+  const present = past.slice(lastBack + 1);
+  let lastStep = Math.max(-1, ...present.map((event) => (event.type === 'step' ? event.report.step : -1)));
+  let lastEval = Math.max(-1, ...present.map((event) => (event.type === 'eval' ? event.step : -1)));
+  return (event) => {
+    if (event.type === 'rollback' && event.atMs > beforeMs) {
+      lastStep = Math.min(lastStep, event.toStep);
+      lastEval = Math.min(lastEval, event.toStep);
+    }
+    if (event.type === 'step') return event.atMs <= beforeMs || event.report.step <= lastStep;
+    if (event.type === 'eval') return event.atMs <= beforeMs || event.step <= lastEval;
+    return event.type === 'rollback' && event.atMs <= beforeMs;
+  };
 }
 
 /** The steps so far from the run's metrics, then, with --follow, every event until the run ends. */
@@ -165,15 +195,13 @@ async function logs(name: string, options: { follow?: boolean; json?: boolean })
     const print = (event: RunEvent): void => void process.stdout.write(`${options.json === true ? JSON.stringify(event) : printable(eventLine(event))}\n`);
     const past = pastEvents(join(config.runs, name));
     for (const event of past) print(event);
-    const last = (type: 'step' | 'eval'): number => Math.max(-1, ...past.filter((event) => event.type === type).map(stepOf));
-    const [lastStep, lastEval] = [last('step'), last('eval')];
+    const isOld = oldness(past);
     if (options.follow !== true || TERMINAL_PHASES.includes(record.phase)) return;
     const iterator = run.events()[Symbol.asyncIterator]();
     try {
       for (let next = await life.until(iterator.next()); next.done !== true; next = await life.until(iterator.next())) {
         const event = next.value;
-        if (event.type === 'step' && event.report.step <= lastStep) continue;
-        if (event.type === 'eval' && event.step <= lastEval) continue;
+        if (isOld(event)) continue;
         print(event);
       }
     } finally {

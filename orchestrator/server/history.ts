@@ -4,7 +4,8 @@
  */
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import { join } from 'node:path';
-import type { StepLine } from '../metrics.ts';
+import { isRollback } from '../metrics.ts';
+import type { RunLine } from '../metrics.ts';
 
 /** Points kept of a run: beyond it every other one is dropped. */
 const POINTS = 1_024;
@@ -61,11 +62,18 @@ function read(descriptor: number, known: Growing): void {
     known.bytes += got;
     const lines = (known.rest + buffer.toString('latin1', 0, got)).split('\n');
     known.rest = lines.pop()!;
-    for (const line of lines) take(known, JSON.parse(line) as StepLine);
+    for (const line of lines) take(known, JSON.parse(line) as RunLine);
   }
 }
 
-function take(known: Growing, { step, loss }: StepLine): void {
+function take(known: Growing, line: RunLine): void {
+  if (isRollback(line)) {
+    const kept = known.steps.filter((step) => step <= line.toStep).length;
+    known.steps = known.steps.slice(0, kept);
+    known.losses = known.losses.slice(0, kept);
+    return;
+  }
+  const { step, loss } = line;
   if (loss === null || step % known.stride !== 0) return;
   known.steps.push(step);
   known.losses.push(loss);

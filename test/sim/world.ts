@@ -3,17 +3,22 @@
  * one seed and a clock of its own. Messages are dropped, delayed, doubled and reordered; jobs are taken twice; workers die,
  * return under their old names, are thought dead while they live, join and drain. Used by run-machine.test.ts.
  *
- * A replica's state is a chain, state(t) = mix(state(t-1), t), and a report's loss is its state before the step: a step
- * computed on a wrong version shows in the metrics.
+ * A replica's state is a chain, state(t) = mix(state(t-1), data of t), and a report's loss is its state before the step: a step
+ * computed on a wrong version shows in the metrics. In some worlds losses above 1.2 to 2 times the median roll the run back: of
+ * numbers as random as these that is every few steps.
  */
 import assert from 'node:assert/strict';
+import { branchOf, dataStep, parseCheckpointName, replicaAt } from '../../config/branches.ts';
+import type { Return } from '../../config/branches.ts';
 import type { ErrorRecord } from '../../config/errors.ts';
 import type { Control } from '../../config/keys.ts';
 import { TERMINAL_PHASES } from '../../config/messages.ts';
-import type { ExitRecord, Result, RunRecord, StepReport } from '../../config/messages.ts';
+import type { ExitRecord, Result, Rollback, RunRecord, StepReport } from '../../config/messages.ts';
 import { parseRunSpec } from '../../config/run-spec.ts';
-import type { RunSpec } from '../../config/run-spec.ts';
+import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
 import type { HistoryLine } from '../../orchestrator/history.ts';
+import { countLines, presentBranch } from '../../orchestrator/metrics.ts';
+import type { EvalLine, RollbackLine, RunLine } from '../../orchestrator/metrics.ts';
 import type { CheckpointPlace, WorkerView } from '../../orchestrator/plan.ts';
 import { step as applyEvent } from '../../orchestrator/run-machine.ts';
 import { initialState, parseJobId, queuedRecord, recordOf } from '../../orchestrator/run-state.ts';
@@ -31,9 +36,10 @@ export function generator(seed: number): () => number {
 }
 
 const mix = (state: number, step: number): number => (Math.imul(state ^ step, 0x9e3779b1) + step) >>> 0;
-export const chainAt = (version: number): number => {
+/** Version `version` of the branch that these rollbacks led to. */
+export const chainAt = (version: number, rollbacks: readonly Return[] = []): number => {
   let state = 1;
-  for (let step = 1; step <= version; step++) state = mix(state, step);
+  for (let step = 1; step <= version; step++) state = mix(state, dataStep(rollbacks, step));
   return state;
 };
 const hex = (state: number, salt: number): string => mix(state, salt).toString(16).padStart(8, '0').repeat(4);
@@ -45,7 +51,7 @@ interface SimWorker {
   /** The orchestrator does not see its heartbeat, though it works on. */
   hidden: boolean;
   startedAtMs: number;
-  replica: { step: number; state: number } | null;
+  replica: { step: number; state: number; branch: number } | null;
   /** The job on its compute thread, and the checkpoint whose files it writes beside it. */
   job: string | null;
   saving: string | null;
@@ -72,6 +78,7 @@ interface SimOrigin {
   readonly epoch: number;
   readonly step: number;
   readonly checkpoint: CheckpointPlace | null;
+  readonly rollbacks?: readonly Return[];
 }
 
 /** The fields of every message; each job has some of them. */
@@ -115,6 +122,13 @@ export function chooseFaults(random: () => number): Faults {
   };
 }
 
+/** From a generator of its own, so that other worlds stay as they are. */
+function chooseSpikes(seed: number): RunSpecInput['lossSpike'] {
+  const random = generator(seed ^ 0x5eed);
+  const pick = (below: number): number => Math.floor(random() * below);
+  return random() < 0.6 ? {} : { factor: 1.2 + 0.8 * random(), window: 1 + pick(6), patience: 1 + pick(3), maxRollbacks: pick(7) };
+}
+
 const STEP_MS = 20;
 /** As long as the lock of a job that its worker left lasts: the run must not wait for it. */
 const STALL_MS = 30_000;
@@ -138,16 +152,19 @@ export class World {
   /** By queue and id, as BullMQ has them. */
   readonly #jobs = new Map<string, SimJob>();
   readonly #shards = new Map<string, { digest: string; from: number; worker: string; epoch: number }>();
-  readonly #sums = new Set<number>();
-  #checkpoints: CheckpointPlace[] = [];
+  /** By branch and step: the state that it leads from, and that it leads to. */
+  readonly #sums = new Map<string, { from: number; to: number }>();
+  #checkpoints: (CheckpointPlace & { readonly state: number })[] = [];
   readonly #damaged = new Set<string>();
   #control: Control | null = null;
   #record: RunRecord;
-  /** What metrics.jsonl holds. */
+  /** What metrics.jsonl holds, and what of it counts. */
+  readonly #lines: RunLine[] = [];
   readonly metrics: StepReport[] = [];
+  rollbacks: readonly Rollback[] = [];
   /** What history.jsonl holds. */
   readonly history: HistoryLine[] = [];
-  #lastEval = -1;
+  readonly #evals: EvalLine[] = [];
   #state: RunState | null = null;
   #generation = 0;
   /** Each is another object, so that the same wish twice is two wishes. */
@@ -174,6 +191,7 @@ export class World {
       checkpoint: { every: this.#pick(3) === 0 ? 0 : 1 + this.#pick(10), keep: 1 + this.#pick(3) },
       evaluation: { every: this.#pick(8) },
       compareDigestsEvery: this.#pick(6),
+      lossSpike: chooseSpikes(seed),
     });
     this.#settings = {
       run: 'sim.1', spec: this.spec, checkpointRoot: 'runs/sim.1/checkpoints', logSteps: 1 + this.#pick(12), maxReplans: 10_000, maxKills: 10_000, stepsPerJob: 1 + this.#pick(20),
@@ -371,16 +389,24 @@ export class World {
     const cancelled = (): boolean => this.#control === null || this.#control.epoch > origin.epoch;
     const bring = (version: number): ErrorRecord | null => {
       if (cancelled()) return { code: 'CANCELLED', message: 'old epoch', context: {} };
-      let replica = worker.replica !== null && worker.replica.step <= version ? worker.replica : null;
+      const branch = (step: number): number => branchOf(origin.rollbacks, step);
+      const held = worker.replica;
+      let replica = held !== null && held.step <= version && held.branch === branch(held.step) ? held : null;
       if (replica === null || (origin.checkpoint !== null && origin.checkpoint.step > replica.step)) {
-        if (origin.checkpoint === null) replica = { step: 0, state: chainAt(0) };
+        if (origin.checkpoint === null) replica = { step: 0, state: chainAt(0), branch: 0 };
         else if (this.#damaged.has(origin.checkpoint.directory)) return { code: 'CHECKPOINT_INVALID', message: origin.checkpoint.directory, context: {} };
-        else if (this.#checkpoints.every((each) => each.directory !== origin.checkpoint!.directory)) return { code: 'CHECKPOINT_INVALID', message: 'gone', context: {} };
-        else replica = { step: origin.checkpoint.step, state: chainAt(origin.checkpoint.step) };
+        else {
+          const { directory, step } = origin.checkpoint;
+          const there = this.#checkpoints.find((each) => each.directory === directory);
+          if (there === undefined) return { code: 'CHECKPOINT_INVALID', message: 'gone', context: {} };
+          replica = { step, state: there.state, branch: branch(step) };
+        }
       }
       for (let step = replica.step + 1; step <= version; step++) {
-        if (!this.#sums.has(step)) return { code: 'GRADIENT_LOST', message: `sum of ${step}`, context: {} };
-        replica = { step, state: mix(replica.state, step) };
+        const sum = this.#sums.get(`${branch(step)}:${step}`);
+        if (sum === undefined) return { code: 'GRADIENT_LOST', message: `sum of ${step}`, context: {} };
+        assert.equal(sum.from, replica.state, `the sum of step ${step} belongs to another branch`);
+        replica = { step, state: sum.to, branch: branch(step) };
       }
       worker.replica = replica;
       return null;
@@ -393,6 +419,8 @@ export class World {
       }));
     };
     const timings = { computeMs: STEP_MS, exchangeMs: 0.001, waitMs: 0 };
+    const after = (state: number, step: number): SimWorker['replica'] => ({ step, state: mix(state, dataStep(origin.rollbacks, step)), branch: branchOf(origin.rollbacks, step) });
+    const exchanged = `${branchOf(origin.rollbacks, data.step)}:${data.step}`;
     switch (job.name) {
       case 'steps': {
         const reports: StepReport[] = [];
@@ -403,7 +431,7 @@ export class World {
           }
           this.#at(STEP_MS / 2 + this.#pick(STEP_MS), present(() => {
             const report = this.#report(data.fromStep + reports.length + 1, worker.replica!.state);
-            worker.replica = { step: report.step, state: mix(worker.replica!.state, report.step) };
+            worker.replica = after(worker.replica!.state, report.step);
             reports.push(report);
             const progress = { worker: worker.id, epoch: data.epoch, report };
             job.progress.push(progress);
@@ -414,7 +442,7 @@ export class World {
         return atVersion(data.fromStep, 0, loop);
       }
       case 'shard': {
-        const name = `${data.step}:${data.shard}`;
+        const name = `${exchanged}:${data.shard}`;
         const result = (digest: string): unknown => ({
           worker: worker.id, epoch: data.epoch, step: data.step, shard: data.shard, lossSum: 1, auxLossSum: [1], expertLoad: [[1]], targetTokens: 1, digest, key: name, bytes: 10, timings,
         });
@@ -432,23 +460,23 @@ export class World {
         return atVersion(data.step - 1, 2 + this.#pick(5), (state) => {
           const shards: Result<'reduce'>['shards'] = [];
           for (let shard = 0; shard < data.shardCount; shard++) {
-            const gradient = this.#shards.get(`${data.step}:${shard}`);
+            const gradient = this.#shards.get(`${exchanged}:${shard}`);
             if (gradient === undefined) return fail({ code: 'GRADIENT_LOST', message: `shard ${shard}`, context: {} });
             assert.equal(gradient.from, state, `shard ${shard} of step ${data.step} was computed on another version`);
             shards.push({ shard, worker: gradient.worker, epoch: gradient.epoch, digest: gradient.digest });
           }
           if (cancelled() && this.#random() < 0.7) return fail({ code: 'CANCELLED', message: 'old epoch', context: {} });
-          this.#sums.add(data.step);
-          for (let shard = 0; shard < data.shardCount; shard++) this.#shards.delete(`${data.step}:${shard}`);
-          worker.replica = { step: data.step, state: mix(state, data.step) };
+          this.#sums.set(exchanged, { from: state, to: after(state, data.step)!.state });
+          for (let shard = 0; shard < data.shardCount; shard++) this.#shards.delete(`${exchanged}:${shard}`);
+          worker.replica = after(state, data.step);
           end({ worker: worker.id, epoch: data.epoch, digest: hex(state, 99), key: `sum:${data.step}`, bytes: 10, report: this.#report(data.step, state), timings, shards });
         });
       case 'checkpoint':
         return atVersion(data.step, 10, (state) => {
-          assert.equal(state, chainAt(data.step));
+          assert.equal(state, chainAt(data.step, data.rollbacks));
           const written = (finish: typeof end): void => {
             if (this.#chance(this.#faults.diskFull)) return fail({ code: 'DISK_FULL', message: 'disk full', context: {} });
-            this.#checkpoints = [...this.#checkpoints.filter((each) => each.step !== data.step), { directory: data.directory, step: data.step }].sort((a, b) => a.step - b.step);
+            this.#checkpoints = [...this.#checkpoints.filter((each) => each.directory !== data.directory), { directory: data.directory, step: data.step, state }].sort((a, b) => a.step - b.step);
             this.#damaged.delete(data.directory);
             if (this.#chance(this.#faults.damageCheckpoint)) this.#damaged.add(data.directory);
             finish({ worker: worker.id, epoch: data.epoch, step: data.step, directory: data.directory, bytes: 1, milliseconds: 1 });
@@ -468,7 +496,7 @@ export class World {
         });
       case 'eval':
         return atVersion(data.replica!.step, 5, (state) => {
-          assert.equal(state, chainAt(data.replica!.step));
+          assert.equal(state, chainAt(data.replica!.step, origin.rollbacks));
           end({ worker: worker.id, step: data.replica!.step, loss: 1 + state / 2 ** 32, targetTokens: 1, milliseconds: 1 });
         });
       case 'digest':
@@ -504,7 +532,7 @@ export class World {
       .filter((worker) => worker.alive && !worker.hidden)
       .map(({ id, incarnation, startedAtMs, replica, job, lastExit }) => ({
         id, incarnation: `${id}-${incarnation}`, precisions: ['fp32'], state: job === null ? 'idle' : 'busy', startedAtMs, lastExit,
-        replica: replica === null ? null : { run: 'sim.1', step: replica.step }, heldBy: this.#claims.get(id) ?? null,
+        replica: replica === null ? null : replicaAt('sim.1', replica.step, replica.branch), heldBy: this.#claims.get(id) ?? null,
       }));
   }
 
@@ -512,13 +540,13 @@ export class World {
     this.#note('the orchestrator starts');
     this.#disturb();
     const generation = ++this.#generation;
-    const good = this.#checkpoints.filter((each) => !this.#damaged.has(each.directory) && each.step <= this.metrics.length);
+    const good = this.#present(this.rollbacks).filter((each) => !this.#damaged.has(each.directory) && each.step <= this.metrics.length);
     let logThrough = good.at(-1)?.step ?? 0;
-    while (logThrough < this.metrics.length && this.#sums.has(logThrough + 1)) logThrough++;
-    const counted = this.metrics.length === 0 ? null : { step: this.metrics.length, lastReport: this.metrics.at(-1)!, skippedInARow: 0, lastEvalStep: this.#lastEval };
+    while (logThrough < this.metrics.length && this.#sums.has(`${branchOf(this.rollbacks, logThrough + 1)}:${logThrough + 1}`)) logThrough++;
+    const counted = this.#lines.length === 0 ? null : countLines(this.#lines, presentBranch(this.#lines, this.#evals), this.spec);
     this.#state = initialState(this.#settings, { record: this.#record, control: this.#control, counted, faults: null, checkpoints: good, logThrough });
     const { phase, epoch, step } = this.#state;
-    this.history.push({ driver: `d${generation}`, type: 'taken', atMs: this.now, epoch, phase, step, checkpoint: good.at(-1)?.step ?? 0 });
+    this.history.push({ driver: `d${generation}`, type: 'taken', atMs: this.now, epoch, phase, step, checkpoint: good.at(-1)?.step ?? 0, branch: this.rollbacks.length });
     this.#hear({ type: 'workers', workers: this.#views() });
     if (this.#control !== null) this.#adopt();
     if (this.#generation === generation) this.#hear({ type: 'ready' });
@@ -562,8 +590,11 @@ export class World {
     const { state, effects } = applyEvent(before, { ...event, atMs: this.now });
     this.#state = state;
     this.#check(before, state);
+    // Between the decision to roll back and what comes of it a crash is tried more often.
+    const { orchestratorCrash } = this.#faults;
+    const crash = state.rollbacks.length > before.rollbacks.length && orchestratorCrash > 0 ? 0.1 : orchestratorCrash / 20;
     for (const effect of effects) {
-      if (this.#chance(this.#faults.orchestratorCrash / 20)) return this.#crashOrchestrator();
+      if (this.#chance(crash)) return this.#crashOrchestrator();
       this.#perform(effect);
       if (this.#state === null) return;
     }
@@ -572,7 +603,8 @@ export class World {
   }
 
   #check(before: RunState, after: RunState): void {
-    assert(after.step >= before.step, 'the count of steps never falls');
+    const back = after.rollbacks.length > before.rollbacks.length ? after.rollbacks.at(-1)!.toStep : before.step;
+    assert(after.step >= back, 'the count of steps falls at a rollback only');
     assert(after.epoch >= before.epoch, 'the epoch never falls');
     assert(after.sharedVersion <= after.step, 'what is shared was counted');
     assert(after.activity !== null || after.early.size === 0 || TERMINAL_PHASES.includes(after.phase), 'no report waits for an activity that is over');
@@ -607,12 +639,14 @@ export class World {
         assert.equal(effect.report.loss, this.metrics[effect.report.step - 1]!.loss, 'what is computed again is the same');
         return;
       case 'metrics':
-        if (effect.line.type === 'eval') this.#lastEval = effect.line.step;
+        if (effect.line.type === 'eval') this.#evals.push(effect.line);
+        else if (effect.line.type === 'rollback') this.#rollBack(effect.line);
         else {
           const { report } = effect.line;
           assert.equal(report.step, this.metrics.length + 1, 'each step is counted once, in order');
-          assert.equal(report.loss, chainAt(report.step - 1), `step ${report.step} was computed on another version`);
+          assert.equal(report.loss, chainAt(report.step - 1, this.rollbacks), `step ${report.step} was computed on another version`);
           this.metrics.push(report);
+          this.#lines.push({ ...report, tokensPerSecond: 1, epoch: effect.line.epoch, atMs: effect.line.atMs });
         }
         return;
       case 'history':
@@ -626,16 +660,17 @@ export class World {
         for (const id of effect.workers) if (this.#claims.get(id) === 'sim.1') this.#claims.delete(id);
         return;
       case 'trim':
-        for (let step = effect.from + 1; step <= effect.through; step++) this.#sums.delete(step);
+        for (let step = effect.from + 1; step <= effect.through; step++) this.#sums.delete(`${branchOf(effect.rollbacks, step)}:${step}`);
         return;
       case 'deleteCheckpoints':
         this.#checkpoints = this.#checkpoints.filter((each) => !effect.directories.includes(each.directory));
         return;
       case 'findCheckpoints':
         this.#at(5, () => {
-          const bad = this.#checkpoints.filter((each) => this.#damaged.has(each.directory));
-          this.#checkpoints = this.#checkpoints.filter((each) => !bad.includes(each));
-          this.#hear({ type: 'checkpoints', good: this.#checkpoints, bad: bad.map(({ directory }) => ({ directory, error: { code: 'CHECKPOINT_INVALID', message: directory, context: {} } })) });
+          const bad = this.#present(this.rollbacks).filter((each) => this.#damaged.has(each.directory));
+          this.#checkpoints = this.#checkpoints.filter((each) => bad.every(({ directory }) => directory !== each.directory));
+          const named = bad.map(({ directory }) => ({ directory, error: { code: 'CHECKPOINT_INVALID', message: directory, context: {} } as const }));
+          this.#hear({ type: 'checkpoints', good: this.#present(this.rollbacks), bad: named });
         });
         return;
       case 'publish':
@@ -651,6 +686,22 @@ export class World {
       case 'finish':
         this.finished = recordOf(this.#state!);
     }
+  }
+
+  /** The checkpoints that the names of these rollbacks' branch lead to. */
+  #present(rollbacks: readonly Return[]): CheckpointPlace[] {
+    const named = this.#checkpoints.map(({ directory }) => ({ directory, ...parseCheckpointName(directory.split('/').at(-1)!)! }));
+    return named.filter(({ step, branch }) => branchOf(rollbacks, step) === branch).map(({ directory, step }) => ({ directory, step }));
+  }
+
+  #rollBack(line: RollbackLine): void {
+    this.#note(`rollback ${line.branch} from ${line.fromStep} to ${line.toStep}`);
+    assert.equal(line.fromStep, this.metrics.length, 'a rollback comes from the step that was counted last');
+    assert.equal(line.branch, this.rollbacks.length + 1, 'each rollback is written down once');
+    this.metrics.length = line.toStep;
+    this.#lines.push(line);
+    const { type: _type, ...rollback } = line;
+    this.rollbacks = [...this.rollbacks, rollback];
   }
 
   #add(job: NewJob, parent: string | null): void {

@@ -5,6 +5,8 @@
  *   step          the next one, always: no double, no hole. One hole of one step is lawful: a driver was killed between its two
  *                 files; then the next driver's `taken` tells of it, and metrics.jsonl holds it
  *   shards        a sum's inputs are shards 0..n-1, in order, with the digests that were published; two reports of one shard never differ
+ *   rollback      steps beyond its target are void: they count once more, on the next branch, and reports of epochs before it are of
+ *                 the branch before. It is in metrics.jsonl, which may have it alone: then the next driver's `taken` tells of it
  *   driver        after `taken`, no line of a driver before
  *   epoch         never falls
  *   checkpoint    of a version that was counted
@@ -13,15 +15,20 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { TERMINAL_PHASES } from '../../config/messages.ts';
-import type { RunPhase } from '../../config/messages.ts';
+import { branchOf } from '../../config/branches.ts';
+import type { Rollback, RunPhase } from '../../config/messages.ts';
 import type { HistoryLine } from '../../orchestrator/history.ts';
+import { isRollback, presentBranch } from '../../orchestrator/metrics.ts';
+import type { RunLine } from '../../orchestrator/metrics.ts';
 import type { ShardInput } from '../../orchestrator/run-state.ts';
 
 export interface HistoryContext {
   readonly steps: number;
   readonly shards: number;
-  /** The steps that metrics.jsonl holds, in its order. */
+  /** The steps that metrics.jsonl holds of the run's last branch, in its order. */
   readonly metrics: readonly number[];
+  /** The rollbacks that it holds; absent: none. */
+  readonly rollbacks?: readonly Rollback[];
   /** Weights digest of the undisturbed run, if the run is to have ended with it. */
   readonly weightsDigest?: string;
 }
@@ -69,6 +76,7 @@ class Checker {
   #epoch = 0;
   #firstEpoch: number | null = null;
   #step = 0;
+  #branch = 0;
   #phase: RunPhase = 'queued';
   #digest: string | null = null;
   #faults = 0;
@@ -90,7 +98,8 @@ class Checker {
     if (TERMINAL_PHASES.includes(this.#phase)) this.#wrong(`${line.type} after the run was ${this.#phase}`);
     switch (line.type) {
       case 'step': return this.#hearStep(line);
-      case 'shard': return this.#hearDigest(line.step, line.shard, line.digest, line.worker);
+      case 'shard': return this.#hearDigest(line.step, line.shard, line.digest, line.worker, line.reportEpoch);
+      case 'rollback': return this.#hearRollback(line);
       case 'job': return this.#hearJob(line);
       case 'checkpoint': return line.step > this.#step ? this.#wrong(`a checkpoint of step ${line.step}, but ${this.#step} counted`) : undefined;
       case 'phase': return this.#hearPhase(line);
@@ -107,13 +116,40 @@ class Checker {
     if (this.#drivers.has(line.driver)) this.#wrong(`driver ${line.driver} takes the run twice`);
     this.#drivers.add(line.driver);
     this.#driver = line.driver;
+    // Written down, and not acted upon.
+    if ((line.branch ?? 0) > this.#branch) this.#goTo(line.branch!);
     if (line.step < this.#step) this.#wrong(`steps ${line.step + 1} to ${this.#step} had counted, and are forgotten`);
     if (line.step > this.#step + 1) this.#wrong(`steps ${this.#step + 1} to ${line.step} never counted`);
-    if (line.step === this.#step + 1 && !this.#context.metrics.includes(line.step)) this.#wrong(`step ${line.step} never counted`);
+    if (line.step === this.#step + 1 && !this.#inMetrics(line.step)) this.#wrong(`step ${line.step} never counted`);
     this.#step = line.step;
     if (line.checkpoint > this.#step) this.#wrong(`a checkpoint of step ${line.checkpoint}, but ${this.#step} counted`);
     // The end may have been written here and not in the record: then the run ends again.
     this.#phase = line.phase;
+  }
+
+  /** Whether metrics.jsonl has this step of the present branch, be it void by now. */
+  #inMetrics(step: number): boolean {
+    return this.#context.metrics.includes(step) || this.#rollbacks.slice(this.#branch).some(({ fromStep }) => fromStep >= step);
+  }
+
+  #hearRollback({ branch, fromStep, toStep, epoch }: Line<'rollback'>): void {
+    if (branch !== this.#branch + 1) this.#wrong(`branch ${branch} after branch ${this.#branch}`);
+    if (fromStep !== this.#step) this.#wrong(`a rollback from step ${fromStep}, but ${this.#step} counted`);
+    const written = this.#rollbacks[branch - 1];
+    if (written?.fromStep !== fromStep || written.toStep !== toStep || written.epoch !== epoch) this.#wrong(`the rollback from ${fromStep} to ${toStep} in epoch ${epoch} is not in metrics.jsonl`);
+    this.#goTo(branch);
+  }
+
+  #goTo(branch: number): void {
+    this.#branch = branch;
+    const toStep = this.#rollbacks[branch - 1]?.toStep ?? this.#step;
+    if (toStep >= this.#step) this.#wrong(`branch ${branch} goes back from step ${this.#step} to step ${toStep}`);
+    this.#step = Math.min(this.#step, toStep);
+    for (const step of this.#asked.keys()) if (step > toStep) this.#asked.delete(step);
+  }
+
+  get #rollbacks(): readonly Rollback[] {
+    return this.#context.rollbacks ?? [];
   }
 
   #hearStep(line: Line<'step'>): void {
@@ -130,15 +166,16 @@ class Checker {
     if (inputs.map(({ shard }) => shard).join() !== wanted.join()) this.#wrong(`the sum of step ${step} is of shards ${inputs.map(({ shard }) => shard).join()}, not ${wanted.join()}`);
     for (const { shard, digest, worker, epoch } of inputs) {
       if (epoch > this.#epoch) this.#wrong(`shard ${shard} of step ${step} comes from epoch ${epoch}, ahead of ${this.#epoch}`);
-      this.#hearDigest(step, shard, digest, worker);
+      this.#hearDigest(step, shard, digest, worker, epoch);
     }
     const first = this.#asked.get(step);
     if (first !== undefined) this.#shardsAgain += inputs.filter(({ epoch }) => epoch > first).length;
   }
 
-  #hearDigest(step: number, shard: number, digest: string, worker: string): void {
-    const known = this.#digests.get(`${step}:${shard}`);
-    if (known === undefined) this.#digests.set(`${step}:${shard}`, { digest, worker });
+  #hearDigest(step: number, shard: number, digest: string, worker: string, epoch: number): void {
+    const branch = branchOf(this.#rollbacks.filter((each) => each.epoch <= epoch), step);
+    const known = this.#digests.get(`${branch}:${step}:${shard}`);
+    if (known === undefined) this.#digests.set(`${branch}:${step}:${shard}`, { digest, worker });
     else if (known.digest !== digest) this.#wrong(`shard ${shard} of step ${step} is ${known.digest} (${known.worker}) and ${digest} (${worker})`);
   }
 
@@ -189,6 +226,9 @@ export const readHistory = (directory: string): HistoryLine[] => ['history.1.jso
 /** Checks the run of that directory. */
 export function checkRun(directory: string, weightsDigest?: string): HistoryVerdict {
   const spec = JSON.parse(readFileSync(join(directory, 'spec.json'), 'utf8')) as { steps: number; batch: { shards: number } };
-  const metrics = readLines<{ step: number }>(join(directory, 'metrics.jsonl')).map(({ step }) => step);
-  return checkHistory(readHistory(directory), { steps: spec.steps, shards: spec.batch.shards, metrics, ...(weightsDigest === undefined ? {} : { weightsDigest }) });
+  const lines = readLines<RunLine>(join(directory, 'metrics.jsonl'));
+  const { rollbacks } = presentBranch(lines, []);
+  // What is void is left out, and nothing else: doubles and holes are for the checker to find.
+  const metrics = lines.reduce<number[]>((steps, line) => (isRollback(line) ? steps.filter((step) => step <= line.toStep) : [...steps, line.step]), []);
+  return checkHistory(readHistory(directory), { steps: spec.steps, shards: spec.batch.shards, metrics, rollbacks, ...(weightsDigest === undefined ? {} : { weightsDigest }) });
 }

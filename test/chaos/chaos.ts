@@ -39,7 +39,7 @@ export interface RunDone {
   readonly phase: string;
   readonly weightsDigest: string | null;
   readonly verdict: HistoryVerdict;
-  /** Times of resuming a run that a full disk had paused. */
+  /** Times of resuming a run that a full disk had paused, or of trying again one of whose jobs too many workers were killed. */
   readonly resumed: number;
 }
 
@@ -159,6 +159,13 @@ class Chaos {
     for (;;) {
       if (signal.aborted) return { phase: 'interrupted', weightsDigest: null, resumed };
       const record = await handle.record().catch(() => null);
+      if (record?.error?.code === 'JOB_FATAL') {
+        // Faults struck the same step too often: an operator who knows why tries it again.
+        log(`${run} is failed at step ${record.step} (${record.error.message}): tried again`);
+        await handle.retry().then(() => resumed++, () => undefined);
+        await this.#sleep(1_000);
+        continue;
+      }
       if (record !== null && ['completed', 'failed', 'cancelled'].includes(record.phase)) return { phase: record.phase, weightsDigest: record.weightsDigest, resumed };
       pausedLooks = record?.phase === 'paused' && !this.#pausing ? pausedLooks + 1 : 0;
       if (pausedLooks >= 4) {

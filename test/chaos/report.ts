@@ -87,7 +87,7 @@ export function textOf(report: ChaosReport): string {
     ...report.kinds.map(row),
     row(report.all),
     '',
-    `runs        ${runs}, ${report.epochs} epochs, ${report.drivers} drivers, ${report.resumed} times resumed after a full disk`,
+    `runs        ${runs}, ${report.epochs} epochs, ${report.drivers} drivers, ${report.resumed} times resumed or retried by hand`,
     `steps       ${steps} (${report.flowSteps} shared by several workers), ${stepsPerSecond.toFixed(2)} a second; undisturbed on one worker ${undisturbedStepsPerSecond.toFixed(2)}`,
     `shards      ${shards} counted, at most ${shardsAgain} of them computed again (${((100 * shardsAgain) / Math.max(1, shards)).toFixed(1)}%)`,
     `weights     ${digestsEqual} of ${runs} runs as undisturbed (${report.referenceDigest.slice(0, 16)})`,

@@ -54,6 +54,22 @@ describe('training through the queue', function () {
     expect(reference.way!.exchange).to.equal('local');
   });
 
+  it('stops after so many steps in a row with gradients that are not finite, and names the step, the layer and the tensor', async () => {
+    const errors: unknown[] = [];
+    for (const [name, parallelism] of [['exploding-alone', 1], ['exploding-three', 3]] as const) {
+      const optimizer = { learningRate: 1e25, warmupSteps: 0 };
+      await cluster.client.train(tinySpec(cluster, name, { parallelism, optimizer, maxNonFiniteSteps: 3, checkpoint: { every: 0 }, evaluation: { every: 0 } }));
+      const record = await cluster.client.run(name).ended();
+      expect(record).to.include({ phase: 'failed', step: 4, skippedSteps: 3 });
+      expect(record.error).to.include({ code: 'NON_FINITE' });
+      const { tensor } = record.error!.context;
+      expect(parameterShapes(PRESETS.tiny).map(({ name: known }) => known)).to.include(tensor);
+      expect(record.error!.message).to.contain('up to step 4').and.contain(tensor);
+      errors.push(record.error);
+    }
+    expect(errors[1]).to.deep.equal(errors[0]);
+  });
+
   it('gives the same bits and the same metrics with three workers', async () => {
     await cluster.client.train(tinySpec(cluster, 'three', { parallelism: 3 }));
     const { record, events } = await finish(cluster, 'three');

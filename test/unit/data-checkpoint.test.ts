@@ -5,6 +5,7 @@ import { hostname } from 'node:os';
 import { basename, dirname, join } from 'node:path';
 import { expect } from 'chai';
 import * as fc from 'fast-check';
+import { NnError } from '../../config/errors.ts';
 import { PRESETS, elementCount, parameterShapes, validateModel } from '../../config/presets.ts';
 import type { ModelConfig } from '../../config/presets.ts';
 import {
@@ -306,6 +307,44 @@ describe('data: checkpoints', () => {
     await writeCheckpoint(second, source(2));
     expect(readdirSync(dirname(first)).sort()).to.deep.equal(['step-1', 'step-2']);
     expectContents(second, 2, 'fp32');
+  });
+
+  it('hashes a directory that stays as it is once, and again when a file of it was touched or others came between', async () => {
+    const places = Array.from({ length: 9 }, (_, step) => checkpointDirectory(directory.path, step));
+    for (const [step, place] of places.entries()) await writeCheckpoint(place, source(step));
+    let looks = 0;
+    const read = (place: string): number => {
+      looks = 0;
+      CheckpointReader.open(place, { verify: 'once', check: () => void looks++ }).close();
+      return looks;
+    };
+    const [first] = places as [string];
+    expect(read(first)).to.be.greaterThan(0);
+    expect(read(first), 'files that have changed within the resolution of their times').to.be.greaterThan(0);
+    // Times of files older than this are believed.
+    await new Promise((resolve) => setTimeout(resolve, 2_100));
+    expect(read(first)).to.be.greaterThan(0);
+    expect(read(first)).to.equal(0);
+    for (const place of places.slice(1)) expect(read(place)).to.be.greaterThan(0);
+    expect(read(first), 'forgotten: the memory is bounded').to.be.greaterThan(0);
+    expect(read(first)).to.equal(0);
+    const file = join(first, 'training/m.safetensors');
+    const bytes = readFileSync(file);
+    bytes[bytes.length - 3]! ^= 1;
+    writeFileSync(file, bytes);
+    const long = new Date(Date.now() - 3_600_000);
+    utimesSync(file, long, long);
+    expectError(() => read(first), 'CHECKPOINT_INVALID', 'training/m.safetensors');
+    expectError(() => read(first), 'CHECKPOINT_INVALID', 'training/m.safetensors');
+  });
+
+  it('stops hashing where it is told to', async () => {
+    const place = checkpointDirectory(directory.path, 1);
+    await writeCheckpoint(place, source(1));
+    const check = (): void => {
+      throw new NnError('CANCELLED', 'enough');
+    };
+    for (const verify of [true, 'once'] as const) expectError(() => CheckpointReader.open(place, { verify, check }), 'CANCELLED', 'enough');
   });
 
   it('removes what nobody has written to for a day, and nothing that somebody may be writing', async () => {

@@ -21,6 +21,7 @@ import { delimiter, join, resolve } from 'node:path';
 import { NnError } from '../config/errors.ts';
 import { addressFile, openRedis } from '../config/redis.ts';
 import type { RedisAddresses } from '../config/redis.ts';
+import { childEnvironment } from '../config/schema.ts';
 import type { Config } from '../config/schema.ts';
 import { isAlive, processName, takeHome } from './home-lock.ts';
 import type { ProcessName } from './home-lock.ts';
@@ -181,7 +182,7 @@ function configureServer(role: Role, program: string, directory: string, sockets
     log,
     launch: () => {
       rmSync(socket, { force: true });
-      const launched = spawn(program, [configuration], { stdio: 'ignore', detached: true });
+      const launched = spawn(program, [configuration], { stdio: 'ignore', detached: true, env: childEnvironment() });
       end = new Promise((settle) => {
         launched.once('error', (error) => settle(error.message));
         launched.once('exit', (status, signal) => settle(`the server of the ${role} ended (${signal ?? `exit ${status}`}): ${lastLine(log)}`));
@@ -230,6 +231,7 @@ function startWatchdog(pids: readonly number[]): ChildProcess {
   const watchdog = spawn('/bin/sh', ['-c', 'cat >/dev/null; kill "$@" 2>/dev/null', 'cuda-nn-watchdog', ...pids.map(String)], {
     stdio: ['pipe', 'ignore', 'ignore'],
     detached: true,
+    env: childEnvironment(),
   });
   watchdog.on('error', () => undefined); // without /bin/sh the next `up` cleans instead
   watchdog.stdin?.on('error', () => undefined); // it was killed: nothing to tell it

@@ -35,9 +35,9 @@ export function redisAddresses(config: Config): RedisAddresses {
   return JSON.parse(text) as RedisAddresses;
 }
 
-/** An address without its password, for messages. */
+/** An address without user and password, for messages: whatever stands before the last @, also in one that is malformed. */
 export function redactUrl(url: string): string {
-  return url.replace(/\/\/[^@/]*@/, '//***@').replace(/([?&]password=)[^&]*/, '$1***');
+  return url.replace(/\/\/\S*@/, '//***@').replace(/([?&]password=)[^&]*/, '$1***');
 }
 
 /**
@@ -48,6 +48,8 @@ export type Purpose = 'command' | 'blocking';
 
 /** Options for a connection to `url`: redis://, rediss:// (TLS), or unix:///path/to/socket?password=... */
 function connectionOptions(url: string, config: Config, purpose: Purpose): RedisOptions {
+  // An address that cannot be understood is not shown: nobody knows where in it the password is.
+  if (!URL.canParse(url)) throw new NnError('USAGE', 'CUDA_NN_REDIS_URL or CUDA_NN_EXCHANGE_URL is no address; write redis://USER:PASSWORD@HOST:PORT, with odd characters as %XX');
   const parsed = new URL(url);
   const options: RedisOptions = {
     lazyConnect: true,

@@ -117,19 +117,27 @@ export interface Knob {
   readonly doc: string;
   readonly env: string;
   readonly defaultValue: string | number;
+  /** A secret, or an address that holds one. */
+  readonly sensitive: boolean;
 }
 
 export function knobs(): Knob[] {
   const rows: Knob[] = [];
   const walk = (node: Record<string, unknown>, prefix: string): void => {
     for (const [key, value] of Object.entries(node)) {
-      const entry = value as { doc?: string; env?: string; default?: string | number };
-      if (typeof entry.doc === 'string') rows.push({ name: prefix + key, doc: entry.doc, env: entry.env!, defaultValue: entry.default! });
+      const entry = value as { doc?: string; env?: string; default?: string | number; sensitive?: boolean };
+      if (typeof entry.doc === 'string') rows.push({ name: prefix + key, doc: entry.doc, env: entry.env!, defaultValue: entry.default!, sensitive: entry.sensitive === true });
       else walk(value as Record<string, unknown>, `${prefix}${key}.`);
     }
   };
   walk(schema, '');
   return rows;
+}
+
+/** The environment for a child process: this one's without secrets, which children are told over a pipe or in a file of their own. */
+export function childEnvironment(environment: NodeJS.ProcessEnv = process.env): NodeJS.ProcessEnv {
+  const secrets = new Set(knobs().flatMap(({ env, sensitive }) => (sensitive ? [env] : [])));
+  return Object.fromEntries(Object.entries(environment).filter(([name]) => !secrets.has(name)));
 }
 
 /** Reads the environment over the defaults, and `overrides` over both. Throws USAGE naming the knob. */

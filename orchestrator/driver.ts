@@ -551,10 +551,10 @@ export class Driver {
   }
 }
 
-/** Redis is away, full, loading or read-only: another attempt may succeed. */
+/** Redis is away, full, loading or read-only, or has yet to be told its users: another attempt may succeed. */
 function isTransient(error: unknown): boolean {
   const { name, message } = error as Error;
   if (name === 'MaxRetriesPerRequestError') return true;
-  if (name === 'ReplyError') return /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|MISCONF)/.test(message);
+  if (name === 'ReplyError') return /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|NOAUTH|WRONGPASS|NOPERM)/.test(message);
   return /Connection is closed|ECONN|EPIPE|ETIMEDOUT|ENOENT.*sock|Stream isn't writeable|Command timed out/.test(message);
 }

@@ -16,6 +16,7 @@ import { fileURLToPath } from 'node:url';
 import { NnError, fromErrorRecord } from '../config/errors.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import type { ExitRecord } from '../config/messages.ts';
+import { childEnvironment } from '../config/schema.ts';
 import type { Config } from '../config/schema.ts';
 import type { DeviceDescription } from '../cuda/device.ts';
 import { EXIT } from './ipc.ts';
@@ -157,6 +158,7 @@ class SupervisedWorker {
     const child = fork(fileURLToPath(new URL('./worker.js', import.meta.url)), [], {
       stdio: ['ignore', 2, 'pipe', 'ipc'],
       serialization: 'json',
+      env: childEnvironment(),
       execArgv: [...process.execArgv, `--max-semi-space-size=${SEMI_SPACE_MIB}`, `--max-old-space-size=${OLD_SPACE_MIB}`],
     });
     this.#child = child;

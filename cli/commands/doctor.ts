@@ -154,9 +154,9 @@ function checkServices(config: Config): Outcome {
 
 /** Every knob with its value and where that comes from; secrets are not shown. */
 export function settings(config: Config, environment: NodeJS.ProcessEnv = process.env): Setting[] {
-  return knobs().map(({ name, env }) => {
+  return knobs().map(({ name, env, sensitive }) => {
     const value = name.split('.').reduce<unknown>((at, key) => (at as Record<string, unknown>)[key], config) as string | number;
-    const shown = /token$/i.test(name) && value !== '' ? '***' : typeof value === 'string' ? redactUrl(value) : value;
+    const shown = sensitive && value !== '' ? (URL.canParse(String(value)) ? redactUrl(String(value)) : '***') : value;
     return { name, env, value: shown, source: environment[env] === undefined ? 'default' : 'environment' };
   });
 }

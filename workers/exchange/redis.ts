@@ -227,7 +227,8 @@ function checkChunk(chunk: Buffer, index: number, bytes: number, seed: number): 
 }
 
 function refusal(what: string, error: Error): NnError {
-  if (/WRONGPASS|NOAUTH|NOPERM/.test(error.message)) return new NnError('REDIS_AUTH', `${what}: the exchange's Redis refuses the user or password`, {}, error);
+  // It did not at this worker's start: a server that has just been started anew may have yet to be told its users.
+  if (/WRONGPASS|NOAUTH|NOPERM/.test(error.message)) return new NnError('REDIS_UNAVAILABLE', `${what}: the exchange's Redis now refuses the user or password`, {}, error);
   const full = /\bOOM\b/.test(error.message) ? '; it is out of memory, raise its maxmemory' : '';
   return new NnError('REDIS_UNAVAILABLE', `${what}: the exchange's Redis refused (${error.message})${full}`, {}, error);
 }

@@ -23,6 +23,7 @@ import type { CheckpointPlace, WorkerView } from '../../orchestrator/plan.ts';
 import { step as applyEvent } from '../../orchestrator/run-machine.ts';
 import { initialState, parseJobId, queuedRecord, recordOf } from '../../orchestrator/run-state.ts';
 import type { Effect, JobAddress, MachineEvent, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
+import { Agenda } from './agenda.ts';
 
 /** mulberry32: small, seeded, good enough for choosing faults. */
 export function generator(seed: number): () => number {
@@ -36,8 +37,13 @@ export function generator(seed: number): () => number {
 }
 
 const mix = (state: number, step: number): number => (Math.imul(state ^ step, 0x9e3779b1) + step) >>> 0;
+const chain: number[] = [1];
 /** Version `version` of the branch that these rollbacks led to. */
 export const chainAt = (version: number, rollbacks: readonly Return[] = []): number => {
+  if (rollbacks.length === 0) {
+    for (let step = chain.length; step <= version; step++) chain.push(mix(chain[step - 1]!, step));
+    return chain[version]!;
+  }
   let state = 1;
   for (let step = 1; step <= version; step++) state = mix(state, dataStep(rollbacks, step));
   return state;
@@ -69,6 +75,8 @@ interface SimJob extends NewJob {
   readonly progress: unknown[];
   copied: boolean;
   readonly parent: string | null;
+  /** Keys of the jobs that it waits for. */
+  readonly children: readonly string[];
 }
 
 const hasEnded = ({ state }: SimJob): boolean => state === 'completed' || state === 'failed';
@@ -129,6 +137,14 @@ function chooseSpikes(seed: number): RunSpecInput['lossSpike'] {
   return random() < 0.6 ? {} : { factor: 1.2 + 0.8 * random(), window: 1 + pick(6), patience: 1 + pick(3), maxRollbacks: pick(7) };
 }
 
+/** What the specs of all worlds have in common; read once, since there are thousands. */
+const BASE = parseRunSpec({
+  name: 'sim.1',
+  model: { vocabSize: 16, hiddenSize: 8, layers: 1, queryHeads: 2, experts: 2, expertsPerToken: 1, ffnSize: 8 },
+  data: { train: 'train' },
+  steps: 1,
+  batch: { shards: 1, sequences: 1, sequenceLength: 4 },
+});
 const STEP_MS = 20;
 /** As long as the lock of a job that its worker left lasts: the run must not wait for it. */
 const STALL_MS = 30_000;
@@ -145,12 +161,13 @@ export class World {
   readonly spec: RunSpec;
   readonly #settings: RunSettings;
   now = 0;
-  #order = 0;
-  #agenda: { at: number; order: number; act: () => void }[] = [];
+  readonly #agenda = new Agenda();
   readonly workers: SimWorker[] = [];
   readonly #claims = new Map<string, string>();
   /** By queue and id, as BullMQ has them. */
   readonly #jobs = new Map<string, SimJob>();
+  /** Those that wait for a worker, in the order in which they came. */
+  readonly #waiting = new Set<SimJob>();
   readonly #shards = new Map<string, { digest: string; from: number; worker: string; epoch: number }>();
   /** By branch and step: the state that it leads from, and that it leads to. */
   readonly #sums = new Map<string, { from: number; to: number }>();
@@ -169,30 +186,32 @@ export class World {
   #generation = 0;
   /** Each is another object, so that the same wish twice is two wishes. */
   #wish: { readonly wish: 'pause' | 'resume' | 'cancel' } | null = null;
+  /** What happened, in words, when that is asked for. */
   readonly log: string[] = [];
+  readonly #logs: boolean;
   finished: RunRecord | null = null;
   /** When something last went wrong, changed, or was put right. */
   #disturbedMs = 0;
   /** When the orchestrator last heard of work done in the current epoch. */
   #newsMs = 0;
 
-  constructor(seed: number, faults?: Faults) {
+  constructor(seed: number, { faults, log = false }: { faults?: Faults; log?: boolean } = {}) {
+    this.#logs = log;
     this.#random = generator(seed);
     this.#faults = faults ?? chooseFaults(this.#random);
     this.#faultsEndMs = 200 + this.#random() ** 2 * FAULTS_END_MS;
     const shards = 1 + this.#pick(4);
-    this.spec = parseRunSpec({
-      name: 'sim.1',
-      model: { vocabSize: 16, hiddenSize: 8, layers: 1, queryHeads: 2, experts: 2, expertsPerToken: 1, ffnSize: 8 },
-      data: { train: 'train', ...(this.#random() < 0.5 ? { validation: 'validation' } : {}) },
+    this.spec = {
+      ...BASE,
+      data: { ...BASE.data, ...(this.#random() < 0.5 ? { validation: 'validation' } : {}) },
       steps: 1 + this.#pick(30),
-      batch: { shards, sequences: 1, sequenceLength: 4 },
+      batch: { ...BASE.batch, shards },
       parallelism: this.#random() < 0.3 ? 'auto' : 1 + this.#pick(4),
-      checkpoint: { every: this.#pick(3) === 0 ? 0 : 1 + this.#pick(10), keep: 1 + this.#pick(3) },
-      evaluation: { every: this.#pick(8) },
+      checkpoint: { ...BASE.checkpoint, every: this.#pick(3) === 0 ? 0 : 1 + this.#pick(10), keep: 1 + this.#pick(3) },
+      evaluation: { ...BASE.evaluation, every: this.#pick(8) },
       compareDigestsEvery: this.#pick(6),
-      lossSpike: chooseSpikes(seed),
-    });
+      lossSpike: { ...BASE.lossSpike, ...chooseSpikes(seed) },
+    };
     this.#settings = {
       run: 'sim.1', spec: this.spec, checkpointRoot: 'runs/sim.1/checkpoints', logSteps: 1 + this.#pick(12), maxReplans: 10_000, maxKills: 10_000, stepsPerJob: 1 + this.#pick(20),
       lookupMs: 300, jobTimeoutMs: 2_000, backoffMs: 20, backoffMaximumMs: 500,
@@ -211,7 +230,7 @@ export class World {
   }
 
   #at(delayMs: number, act: () => void): void {
-    this.#agenda.push({ at: this.now + Math.max(0, delayMs), order: this.#order++, act });
+    this.#agenda.put(this.now + Math.max(0, delayMs), act);
   }
 
   /** After a disturbance the run has RECOVERY_MS for its next news. */
@@ -224,11 +243,11 @@ export class World {
     const usable = this.workers.some((worker) => worker.alive && !worker.hidden && (this.#claims.get(worker.id) ?? 'sim.1') === 'sim.1');
     if (state === null || state.phase !== 'running' || !usable) return this.#disturb();
     const sinceMs = this.now - Math.max(this.#disturbedMs, this.#newsMs);
-    assert(sinceMs < RECOVERY_MS, `nothing was done for ${sinceMs} ms: ${JSON.stringify({ activity: state.activity, epoch: state.epoch, version: state.version })}`);
+    if (sinceMs >= RECOVERY_MS) assert.fail(`nothing was done for ${sinceMs} ms: ${JSON.stringify({ activity: state.activity, epoch: state.epoch, version: state.version })}`);
   }
 
   #note(text: string): void {
-    if (this.log.length < 5_000) this.log.push(`${this.now.toFixed(0)} ${text}`);
+    if (this.#logs && this.log.length < 5_000) this.log.push(`${this.now.toFixed(0)} ${text}`);
   }
 
   /** Runs the world until the run is over; throws when it is not, or when a promise is broken. */
@@ -236,16 +255,9 @@ export class World {
     this.#at(0, () => this.#startOrchestrator());
     this.#at(0, () => this.#meddle());
     while (this.finished === null) {
-      let best = 0;
-      for (let index = 1; index < this.#agenda.length; index++) {
-        const [one, other] = [this.#agenda[index]!, this.#agenda[best]!];
-        if (one.at < other.at || (one.at === other.at && one.order < other.order)) best = index;
-      }
-      const next = this.#agenda[best]!;
-      this.#agenda[best] = this.#agenda.at(-1)!;
-      this.#agenda.pop();
+      const next = this.#agenda.take();
       this.now = next.at;
-      assert(this.now < GIVE_UP_MS, `the run does not end: ${JSON.stringify({ ...this.#state, settings: undefined, workers: undefined, shown: undefined })}`);
+      if (this.now >= GIVE_UP_MS) assert.fail(`the run does not end: ${JSON.stringify({ ...this.#state, settings: undefined, workers: undefined, shown: undefined })}`);
       next.act();
       this.#work();
     }
@@ -313,7 +325,7 @@ export class World {
     worker.saving = null;
     for (const job of held) {
       this.#at(STALL_MS, () => {
-        if (job.state === 'active') job.state = 'waiting';
+        if (job.state === 'active') this.#wait(job);
       });
     }
     this.#at(50 + this.#random() ** 3 * 4_000, () => {
@@ -338,11 +350,13 @@ export class World {
   // --- Workers --------------------------------------------------------------------------------------------------------
 
   #work(): void {
+    if (this.#waiting.size === 0) return;
     for (const worker of this.workers) {
       if (!worker.alive || worker.job !== null) continue;
-      for (const job of this.#jobs.values()) {
-        if (job.state !== 'waiting' || (job.worker !== null && job.worker !== worker.id) || !this.#ripe(job)) continue;
+      for (const job of this.#waiting) {
+        if ((job.worker !== null && job.worker !== worker.id) || !this.#ripe(job)) continue;
         if (job.name === 'checkpoint' && worker.saving !== null) continue;
+        this.#waiting.delete(job);
         job.state = 'active';
         job.processedAtMs = this.now;
         worker.job = keyOf(job);
@@ -352,9 +366,14 @@ export class World {
     }
   }
 
+  #wait(job: SimJob): void {
+    job.state = 'waiting';
+    if (this.#jobs.get(keyOf(job)) === job) this.#waiting.add(job);
+  }
+
   /** A reduce job waits for its children. */
   #ripe(job: SimJob): boolean {
-    return job.name !== 'reduce' || [...this.#jobs.values()].every((child) => child.parent !== job.id || child.state === 'completed');
+    return job.children.every((child) => !this.#jobs.has(child) || this.#jobs.get(child)!.state === 'completed');
   }
 
   #begin(worker: SimWorker, job: SimJob): void {
@@ -377,8 +396,7 @@ export class World {
       leave();
       if (job.state !== 'active') return;
       if (error.code === 'GRADIENT_LOST' && ++job.attempts < 3) {
-        job.state = 'waiting';
-        return;
+        return this.#wait(job);
       }
       job.state = 'failed';
       job.error = error;
@@ -462,7 +480,7 @@ export class World {
           for (let shard = 0; shard < data.shardCount; shard++) {
             const gradient = this.#shards.get(`${exchanged}:${shard}`);
             if (gradient === undefined) return fail({ code: 'GRADIENT_LOST', message: `shard ${shard}`, context: {} });
-            assert.equal(gradient.from, state, `shard ${shard} of step ${data.step} was computed on another version`);
+            assert.equal(gradient.from, state, 'a shard was computed on another version');
             shards.push({ shard, worker: gradient.worker, epoch: gradient.epoch, digest: gradient.digest });
           }
           if (cancelled() && this.#random() < 0.7) return fail({ code: 'CANCELLED', message: 'old epoch', context: {} });
@@ -610,10 +628,10 @@ export class World {
     assert(after.activity !== null || after.early.size === 0 || TERMINAL_PHASES.includes(after.phase), 'no report waits for an activity that is over');
     for (const { step, directory } of after.checkpoints) {
       assert(step <= after.step, 'no checkpoint is ahead of the count');
-      assert(this.#checkpoints.some((each) => each.step === step && each.directory === directory), `checkpoint ${step} is listed, but not complete`);
+      assert(this.#checkpoints.some((each) => each.step === step && each.directory === directory), 'a checkpoint is listed, but not complete');
     }
-    const complete = Math.max(0, ...this.#checkpoints.map(({ step }) => step));
-    assert(after.sharedVersion <= Math.max(before.sharedVersion + 1, complete), `version ${after.sharedVersion} is taken for reachable`);
+    const complete = this.#checkpoints.at(-1)?.step ?? 0;
+    assert(after.sharedVersion <= Math.max(before.sharedVersion + 1, complete), 'a version is taken for reachable that is not');
     if (TERMINAL_PHASES.includes(after.phase) || (after.phase === 'paused' && before.phase !== 'paused')) assert(after.saving === null, 'nothing is written any more');
   }
 
@@ -626,11 +644,16 @@ export class World {
       case 'add':
         return this.#add(effect.job, null);
       case 'flow':
-        this.#add(effect.parent, null);
+        this.#add(effect.parent, null, effect.children.map(keyOf));
         for (const child of effect.children) this.#add(child, effect.parent.id);
         return;
       case 'remove':
-        for (const job of effect.jobs) if (this.#jobs.get(keyOf(job))?.state !== 'active') this.#jobs.delete(keyOf(job));
+        for (const each of effect.jobs) {
+          const job = this.#jobs.get(keyOf(each));
+          if (job === undefined || job.state === 'active') continue;
+          this.#jobs.delete(keyOf(each));
+          this.#waiting.delete(job);
+        }
         return;
       case 'lookup':
         for (const job of effect.jobs) this.#at(1, () => this.#lookUp(job));
@@ -644,7 +667,7 @@ export class World {
         else {
           const { report } = effect.line;
           assert.equal(report.step, this.metrics.length + 1, 'each step is counted once, in order');
-          assert.equal(report.loss, chainAt(report.step - 1, this.rollbacks), `step ${report.step} was computed on another version`);
+          assert.equal(report.loss, chainAt(report.step - 1, this.rollbacks), 'a step was computed on another version');
           this.metrics.push(report);
           this.#lines.push({ ...report, tokensPerSecond: 1, epoch: effect.line.epoch, atMs: effect.line.atMs });
         }
@@ -704,13 +727,15 @@ export class World {
     this.rollbacks = [...this.rollbacks, rollback];
   }
 
-  #add(job: NewJob, parent: string | null): void {
-    this.#note(`add ${job.id} to ${job.worker ?? 'all'}`);
+  #add(job: NewJob, parent: string | null, children: readonly string[] = []): void {
+    if (this.#logs) this.#note(`add ${job.id} to ${job.worker ?? 'all'}`);
     assert.equal(parseJobId(job.id)!.epoch, this.#control!.epoch, 'a job is of the epoch that the control tells');
     assert.equal(this.#control!.command, 'run', 'no job is added under a control that stops it');
-    if (job.worker !== null) assert.equal(this.#claims.get(job.worker), 'sim.1', `${job.id} goes to a worker that this run holds`);
+    if (job.worker !== null) assert.equal(this.#claims.get(job.worker), 'sim.1', 'a job goes to a worker that this run holds');
     if (this.#jobs.has(keyOf(job))) return;
-    this.#jobs.set(keyOf(job), { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], copied: false, parent });
+    const added: SimJob = { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], copied: false, parent, children };
+    this.#jobs.set(keyOf(job), added);
+    this.#wait(added);
   }
 
   #lookUp(address: JobAddress): void {

@@ -3,7 +3,9 @@
  * (MONITOR), the processor time that a process has used, the files that a directory holds. Used by the fault tests.
  */
 import { readFileSync, readdirSync } from 'node:fs';
-import type { Redis } from 'ioredis';
+import { connect } from 'node:net';
+import type { Socket } from 'node:net';
+import { PASSWORD } from './redis.ts';
 import type { RedisServer } from './redis.ts';
 
 interface Watch {
@@ -11,27 +13,47 @@ interface Watch {
   readonly act: (match: RegExpExecArray) => void;
 }
 
-/** Patterns see a command as its words, parted by blanks; those that a script issues come one by one, too. */
+/**
+ * Patterns see a command as its words, parted by blanks; those that a script issues come one by one, too. Reads the stream of
+ * MONITOR itself: ioredis takes lines that come in one packet with the answer to MONITOR for answers to other commands.
+ */
 export class Trace {
-  readonly #connection: Redis;
-  readonly #monitor: Redis;
+  readonly #socket: Socket;
   readonly #watches = new Set<Watch>();
 
-  private constructor(connection: Redis, monitor: Redis) {
-    this.#connection = connection;
-    this.#monitor = monitor;
-    monitor.on('monitor', (_time: string, words: string[]) => {
-      const text = words.join(' ');
-      for (const watch of this.#watches) {
-        const match = watch.pattern.exec(text);
-        if (match !== null) watch.act(match);
-      }
+  private constructor(socket: Socket) {
+    this.#socket = socket;
+  }
+
+  static open(server: RedisServer): Promise<Trace> {
+    const socket = connect(server.socket);
+    const trace = new Trace(socket);
+    socket.setEncoding('latin1').write(`AUTH ${PASSWORD}\r\nMONITOR\r\n`);
+    return new Promise((resolve, reject) => {
+      let rest = '';
+      let answers = 0;
+      socket.on('data', (text: string) => {
+        const lines = (rest + text).split('\r\n');
+        rest = lines.pop()!;
+        for (const line of lines) {
+          if (line.startsWith('-')) return reject(new Error(`MONITOR: ${line}`));
+          if (answers < 2) answers++;
+          else trace.#hear(line);
+        }
+        if (answers === 2) resolve(trace);
+      });
+      socket.once('error', reject);
     });
   }
 
-  static async open(server: RedisServer): Promise<Trace> {
-    const connection = server.connect();
-    return new Trace(connection, await connection.monitor());
+  /** A line: +<time> [<database> <client>] "word" "word" ... */
+  #hear(line: string): void {
+    const words = line.slice(line.indexOf(']') + 1).match(/"(?:[^"\\]|\\.)*"/g) ?? [];
+    const text = words.map((word) => word.slice(1, -1).replace(/\\(["\\])/g, '$1')).join(' ');
+    for (const watch of this.#watches) {
+      const match = watch.pattern.exec(text);
+      if (match !== null) watch.act(match);
+    }
   }
 
   /**
@@ -58,8 +80,7 @@ export class Trace {
   }
 
   close(): void {
-    this.#monitor.disconnect();
-    this.#connection.disconnect();
+    this.#socket.destroy();
   }
 }
 

@@ -38,9 +38,9 @@ describe('faults: workers', function () {
   });
 
   /** The process of the worker that takes a job of `run` of that kind and a step from `step` on; `act` runs as soon as that is seen. */
-  const taken = async (run: string, kind: 'steps' | 'shard' | 'reduce', step: number, act: (pid: number) => void): Promise<{ pid: number; step: number; part: number; key: string }> => {
+  const taken = async (run: string, kind: 'steps' | 'shard' | 'reduce', step: number, act: (pid: number) => void, deadlineMs = 20_000): Promise<{ pid: number; step: number; part: number; key: string }> => {
     const pattern = new RegExp(`^HMSET (nn:train\\S*:${run}\\.\\d+\\.${kind}\\.(\\d+)\\.(\\d+)) processedOn \\d+ pb (\\S+)`);
-    const [, key, at, part, worker] = await trace.seen(`a ${kind} job of ${run}`, pattern, 20_000, ([, , found, , id]) => {
+    const [, key, at, part, worker] = await trace.seen(`a ${kind} job of ${run}`, pattern, deadlineMs, ([, , found, , id]) => {
       const pid = stack.workers.get(id!);
       if (Number(found) < step || pid === undefined) return false;
       act(pid);
@@ -102,6 +102,31 @@ describe('faults: workers', function () {
     }
     const { verdict } = await stack.prove(name, slowReference);
     expect(verdict.flowSteps).to.equal(12);
+  });
+
+  it('SIGKILL of every worker that computes a certain step: the run fails with the evidence, others are served, a retry ends as undisturbed', async () => {
+    const name = 'fatal';
+    const run = await stack.train(name, { ...SLOW, parallelism: 1 });
+    const fate = { over: false };
+    const ended = run.ended().finally(() => (fate.over = true));
+    // A process that comes back may be given its dead predecessor's job once more, of an epoch that is over: that one is spared.
+    for (let newest = -1; !fate.over; ) {
+      let before = 0;
+      const found = await taken(name, 'steps', 3, (pid) => (before = processorMs(pid)!), 15_000).catch((error: Error) => (fate.over ? null : Promise.reject(error)));
+      const epoch = found === null ? -1 : Number(/\.(\d+)\.steps\./.exec(found.key)![1]);
+      if (found === null || epoch <= newest) continue;
+      newest = epoch;
+      await until('the worker computes', () => fate.over || (processorMs(found.pid) ?? Infinity) >= before + 20, 10_000, 1);
+      if (!fate.over) kill(found.pid);
+    }
+    const { phase, step, error } = await ended;
+    expect({ phase, step }).to.deep.equal({ phase: 'failed', step: 3 });
+    expect(error).to.deep.include({ code: 'JOB_FATAL' });
+    expect(error!.message).to.match(/^step 4 ended its worker 3 times \(\S+ by SIGKILL, \S+ by SIGKILL, \S+ by SIGKILL\)/);
+    await stack.train('after-fatal', { parallelism: 2 });
+    await stack.prove('after-fatal', reference);
+    await run.retry();
+    await stack.prove(name, slowReference);
   });
 
   for (const parallelism of [1, 3]) {

@@ -285,7 +285,7 @@ export interface RunRecord {
   readonly skippedSteps: number;
   /** Oldest first; at most lossSpike.maxRollbacks. */
   readonly rollbacks: readonly Rollback[];
-  /** Faults, oldest first, the last 100; all of them lie in the run's faults.jsonl. */
+  /** Faults, oldest first, the last 100, and of skipped steps the last 20; all of them lie in the run's faults.jsonl. */
   readonly faults: readonly RunFault[];
   /** How many faults there ever were, by code. */
   readonly faultCounts: Readonly<Record<string, number>>;

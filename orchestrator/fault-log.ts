@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import type { ErrorRecord } from '../config/errors.ts';
 import type { RunFault, RunRecord } from '../config/messages.ts';
 import { LineFile } from './line-file.ts';
-import { FAULTS_KEPT } from './run-state.ts';
+import { newestFaults } from './run-state.ts';
 
 /** A line of faults.jsonl; attempt, epoch and step are those of the run when it was recorded. */
 export type FaultLine = Omit<RunFault, 'error'> & ErrorRecord & { readonly attempt: number; readonly epoch: number; readonly step: number };
@@ -36,8 +36,8 @@ export class FaultLog {
 function summary(lines: readonly FaultLine[]): Pick<RunRecord, 'faults' | 'faultCounts'> {
   const faultCounts: Record<string, number> = {};
   for (const { code } of lines) faultCounts[code] = (faultCounts[code] ?? 0) + 1;
-  const faults = lines.slice(-FAULTS_KEPT).map(({ atMs, what, worker, code, message, context, stack }): RunFault => ({
+  const faults = lines.map(({ atMs, what, worker, code, message, context, stack }): RunFault => ({
     atMs, what, worker, error: { code, message, context, ...(stack === undefined ? {} : { stack }) },
   }));
-  return { faults, faultCounts };
+  return { faults: newestFaults(faults), faultCounts };
 }

@@ -11,7 +11,7 @@ import type { Of } from './activities.ts';
 import { nextBoundary } from './plan.ts';
 import type { Way } from './plan.ts';
 import { originRollbacks } from './rollback.ts';
-import { FAULTS_KEPT, jobId } from './run-state.ts';
+import { jobId, newestFaults } from './run-state.ts';
 import type { Effect, HistoryEntry, Holder, JobAddress, NewJob, RunState } from './run-state.ts';
 
 type Draft = { -readonly [Key in keyof RunState]: RunState[Key] };
@@ -162,7 +162,7 @@ export class MachineDraft {
     const named = error.context['worker'];
     const fault: RunFault = { atMs: this.atMs, what, worker: typeof named === 'string' ? named : by, error };
     const faultCounts = { ...shown.faultCounts, [error.code]: (shown.faultCounts[error.code] ?? 0) + 1 };
-    this.state.shown = { ...shown, faultCounts, faults: [...shown.faults, fault].slice(-FAULTS_KEPT) };
+    this.state.shown = { ...shown, faultCounts, faults: newestFaults([...shown.faults, fault]) };
     this.note({ type: 'fault', what, code: error.code });
     this.publish({ type: 'fault', ...fault });
   }

@@ -14,8 +14,9 @@ import type { LossWatch } from './loss-spike.ts';
 import type { CheckpointPlace, Measurements, Way, WorkerView } from './plan.ts';
 import type { Demand, Share } from './share.ts';
 
-/** Faults that the record holds, the newest. */
-export const FAULTS_KEPT = 100;
+/** Faults that the record holds, the newest; of skipped steps, which may be every second one, no more than a few of these. */
+const FAULTS_KEPT = 100;
+const SKIPS_KEPT = 20;
 
 /** The knobs that the machine obeys, and where its run lives. Constant for the life of a driver. */
 export interface RunSettings {
@@ -377,6 +378,13 @@ export function initialState(settings: RunSettings, recovered: Recovered): RunSt
       finishedAtMs: record.finishedAtMs,
     },
   };
+}
+
+/** What a record keeps of these faults, oldest first. */
+export function newestFaults<Fault extends { readonly error: Pick<ErrorRecord, 'code'> }>(faults: readonly Fault[]): readonly Fault[] {
+  let skips = faults.reduce((count, { error }) => count + Number(error.code === 'NON_FINITE'), 0);
+  const kept = skips <= SKIPS_KEPT ? faults : faults.filter(({ error }) => error.code !== 'NON_FINITE' || skips-- <= SKIPS_KEPT);
+  return kept.slice(-FAULTS_KEPT);
 }
 
 /** The record of a run that was asked for and not begun. */

@@ -6,6 +6,7 @@ import { expect } from 'chai';
 import { errorCode } from '../../config/errors.ts';
 import type { StepReport } from '../../config/messages.ts';
 import { parseRunSpec } from '../../config/run-spec.ts';
+import { FaultLog } from '../../orchestrator/fault-log.ts';
 import { RunMetrics } from '../../orchestrator/metrics.ts';
 import { claimDirectory } from '../../orchestrator/run-directory.ts';
 import { Access, isLoopback } from '../../orchestrator/server/access.ts';
@@ -109,6 +110,26 @@ describe('orchestrator: files of a run', () => {
     expect(records[2]).to.deep.equal(scalarEvent(9, 1, { 'loss/validation': 7 }));
     // double 1.5 | step 300 | summary { value { tag "a", simple_value 1 } }, as protoc encodes it.
     expect(scalarEvent(1_500, 300, { a: 1 }).toString('hex')).to.equal('09000000000000f83f10ac022a0a0a080a0161150000803f');
+  });
+});
+
+describe('orchestrator: faults.jsonl', () => {
+  it('tells the next driver of the newest faults, and counts them all', () => {
+    const directory = mkdtempSync(join(tmpdir(), 'nn-faults-'));
+    try {
+      const first = new FaultLog(directory);
+      expect(first.before).to.equal(null);
+      const place = { attempt: 1, epoch: 0, step: 1 };
+      first.append({ atMs: 0, what: 'a disk', worker: null, error: { code: 'DISK_FULL', message: 'full', context: {} } }, place);
+      for (let at = 1; at <= 149; at++) first.append({ atMs: at, what: `step ${at}`, worker: null, error: { code: 'NON_FINITE', message: 'NaN', context: { step: at } } }, place);
+      first.close();
+      const next = new FaultLog(directory);
+      expect(next.before!.faultCounts).to.deep.equal({ DISK_FULL: 1, NON_FINITE: 149 });
+      expect(next.before!.faults.map(({ what }) => what)).to.deep.equal(['a disk', ...Array.from({ length: 20 }, (_, index) => `step ${130 + index}`)]);
+      next.close();
+    } finally {
+      rmSync(directory, { recursive: true });
+    }
   });
 });
 

@@ -716,6 +716,20 @@ describe('run machine: gradients that are not finite', () => {
   });
 });
 
+describe('run machine: the faults that the record keeps', () => {
+  it('are the newest hundred, of which skipped steps are twenty at most, so that they push out nothing else', () => {
+    const table = new Table({ parallelism: 1, steps: 150, maxNonFiniteSteps: 1_000 }, ['a']);
+    const { id } = table.last('steps');
+    table.tell({ type: 'fault', what: 'a disk', error: { code: 'DISK_FULL', message: 'full', context: {} } });
+    for (let at = 1; at <= 149; at++) table.tell({ type: 'progress', id, data: { worker: 'a', epoch: 0, report: { ...report(at), skipped: true } } });
+    expect(table.faults).to.deep.equal(['DISK_FULL', ...Array.from({ length: 20 }, () => 'NON_FINITE')]);
+    expect(table.state.shown.faults.slice(1).map(({ what }) => what)).to.deep.equal(Array.from({ length: 20 }, (_, index) => `step ${130 + index}`));
+    expect(table.state.shown.faultCounts).to.deep.equal({ DISK_FULL: 1, NON_FINITE: 149 });
+    for (let count = 0; count < 120; count++) table.tell({ type: 'fault', what: `${count}`, error: { code: 'REDIS_UNAVAILABLE', message: 'away', context: {} } });
+    expect(table.state.shown.faults.map(({ what }) => what)).to.deep.equal(Array.from({ length: 100 }, (_, index) => `${20 + index}`));
+  });
+});
+
 describe('run machine: a Redis that was started anew', () => {
   it('makes what was under way void, by a new epoch, and plans it again; a pause stays one', () => {
     const table = new Table({ parallelism: 1 }, ['a']);

@@ -38,7 +38,9 @@ describe('faults: workers', function () {
   });
 
   /** The process of the worker that takes a job of `run` of that kind and a step from `step` on; `act` runs as soon as that is seen. */
-  const taken = async (run: string, kind: 'steps' | 'shard' | 'reduce', step: number, act: (pid: number) => void, deadlineMs = 20_000): Promise<{ pid: number; step: number; part: number; key: string }> => {
+  const taken = async (
+    run: string, kind: 'steps' | 'shard' | 'reduce', step: number, act: (pid: number) => void, deadlineMs = 20_000,
+  ): Promise<{ pid: number; step: number; part: number; key: string }> => {
     const pattern = new RegExp(`^HMSET (nn:train\\S*:${run}\\.\\d+\\.${kind}\\.(\\d+)\\.(\\d+)) processedOn \\d+ pb (\\S+)`);
     const [, key, at, part, worker] = await trace.seen(`a ${kind} job of ${run}`, pattern, deadlineMs, ([, , found, , id]) => {
       const pid = stack.workers.get(id!);

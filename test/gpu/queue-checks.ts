@@ -1,11 +1,12 @@
 /**
  * Training through the queue on a GPU, as a user does it: `cuda-nn up`, `tokenizer train`, `data prepare`, `train`, on the text of the
  * demo. The same run is undisturbed, loses its worker to SIGKILL, and has its GPU broken by a kernel that writes where it must not:
- * the same digest each time. Then 6.9b on one GPU. Without a GPU the same with preset tiny, but for the broken GPU and 6.9b, so that these
- * checks themselves cannot rot. Called by long.ts and test/system/gpu-rehearsal.test.ts.
+ * the same digest each time. Then 6.9b on one GPU. Without a GPU the same with preset tiny on a CPU that says it is broken, but for 6.9b, so
+ * that these checks themselves cannot rot. Called by long.ts and test/system/gpu-rehearsal.test.ts.
  */
 import { execFileSync } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { RunRecord } from '../../config/messages.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
@@ -93,7 +94,7 @@ const mean = (values: readonly number[]): number => values.reduce((sum, value) =
 
 /** The checks in their order: the later ones compare with what the earlier ones found. */
 export function queueChecks({ gpu }: { readonly gpu: boolean }): Check[] {
-  const [gpus, preset, vocabSize, steps] = gpu ? (['0', 'demo', 4096, 1600] as const) : (['none', 'tiny', 512, 240] as const);
+  const [gpus, preset, vocabSize, steps] = gpu ? (['0', 'demo', 4096, 1600] as const) : (['none', 'tiny', 512, 160] as const);
   const spec = (precision: 'fp32' | 'bf16'): Partial<RunSpecInput> => ({
     model: preset, precision, steps, seed: 7, batch: { shards: 2, sequences: 4, sequenceLength: gpu ? 256 : 64 },
     optimizer: { learningRate: 1e-3, warmupSteps: 20 }, evaluation: { every: steps / 4, sequences: 8 }, checkpoint: { every: steps / 8, keep: 2 },
@@ -140,31 +141,31 @@ export function queueChecks({ gpu }: { readonly gpu: boolean }): Check[] {
       },
     },
   ];
+  checks.push({
+    name: `${preset} in ${best}, ${gpu ? "its GPU's context broken by a kernel" : 'its device broken'}: the worker reports, is restarted, and the run has the same bits`,
+    run: async (out) => {
+      const scratch = mkdtempSync(join(out === '' ? tmpdir() : out, 'faulty-'));
+      const name = gpu ? 'cuda' : 'cpu';
+      const on = new Site(packageWithLibrary(join(scratch, 'package'), buildFaultyLibrary(scratch, name), name));
+      try {
+        await on.prepareText(vocabSize);
+        const mark = join(scratch, 'broken');
+        await on.start(gpus, { CUDA_NN_RUNS: 'cuda-nn-runs', FAULT_AT: String(steps), FAULT_MARK: mark });
+        await launch(on, 'faulty', best);
+        const record = await finish(on, 'faulty', 200);
+        if (!existsSync(mark)) throw new Error('the device was not broken');
+        const told = /ended, (DEVICE_FAULT: [^\n]*); started again/.exec(on.said)?.[1];
+        if (told === undefined) throw new Error(`no worker reported a fault: ${on.said.slice(-600)}`);
+        if (digest === null || record.weightsDigest !== digest) throw new Error(`digest ${record.weightsDigest}, undisturbed ${digest}`);
+        return `${told}; ${record.faults.length} fault(s) in its record, digest ${record.weightsDigest.slice(0, 16)}`;
+      } finally {
+        await on.stop();
+        rmSync(scratch, { recursive: true, force: true });
+      }
+    },
+  });
   if (gpu) {
     checks.push(
-      {
-        name: `${preset} in ${best}, its GPU's context broken by a kernel: the worker reports, is restarted, and the run has the same bits`,
-        run: async (out) => {
-          const undisturbed = await here();
-          const scratch = join(out, `faulty-${process.pid}`);
-          mkdirSync(join(scratch, 'package'), { recursive: true });
-          const on = new Site(packageWithLibrary(join(scratch, 'package'), buildFaultyLibrary(scratch)));
-          try {
-            await on.prepareText(vocabSize);
-            const mark = join(scratch, 'broken');
-            await on.start(gpus, { CUDA_NN_RUNS: 'cuda-nn-runs', FAULT_AT: String(steps), FAULT_MARK: mark });
-            await launch(on, 'faulty', best);
-            const record = await finish(on, 'faulty', 200);
-            if (!existsSync(mark)) throw new Error('the GPU was not broken');
-            const told = /ended, (DEVICE_FAULT: [^\n]*); started again/.exec(on.said)?.[1];
-            if (told === undefined) throw new Error(`no worker reported a fault: ${on.said.slice(-600)}`);
-            if (digest === null || record.weightsDigest !== digest) throw new Error(`digest ${record.weightsDigest}, undisturbed ${digest} (${undisturbed.place.directory})`);
-            return `${told}; ${record.faults.length} fault(s) in its record, digest ${record.weightsDigest.slice(0, 16)}`;
-          } finally {
-            await on.stop();
-          }
-        },
-      },
       {
         name: '6.9b at sequence 4096 on the demo’s text: the loss falls, memory stays',
         run: async () => {

@@ -7,10 +7,12 @@
  *   FAKE_GPU_FAULT  set: waiting for the GPU returns cudaErrorIllegalAddress, as after a kernel that wrote where it must not
  */
 import { execFileSync, spawnSync } from 'node:child_process';
-import { cpSync, mkdirSync, symlinkSync, writeFileSync } from 'node:fs';
+import { cpSync, existsSync, mkdirSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { packageRoot } from '../../config/schema.ts';
 import { PROTOTYPES } from '../../cuda/bindings.generated.ts';
+import { libraryPath } from '../../cuda/device.ts';
+import type { LibraryName } from '../../cuda/device.ts';
 
 const RUNTIME = String.raw`
 #include <cuda_runtime_api.h>
@@ -67,16 +69,18 @@ export function whyNoFakeGpu(): string | undefined {
   return spawnSync('nvcc', ['--version'], { stdio: 'ignore' }).status === 0 ? undefined : 'no nvcc on the PATH';
 }
 
-/** Copies the built package to `directory`, with `library` as its CUDA library; the path of its command line. */
-export function packageWithLibrary(directory: string, library: string): string {
+/** Copies the built package to `directory`, with another library in the place of one of its own; the path of its command line. */
+export function packageWithLibrary(directory: string, library: string, name: LibraryName = 'cuda'): string {
   const root = packageRoot();
   const native = join(root, 'dist', 'native');
   mkdirSync(join(directory, 'dist', 'native'), { recursive: true });
   cpSync(join(root, 'package.json'), join(directory, 'package.json'));
   cpSync(join(root, 'dist'), join(directory, 'dist'), { recursive: true, filter: (from) => from !== native });
   symlinkSync(join(root, 'node_modules'), join(directory, 'node_modules'));
-  symlinkSync(join(native, 'libnn_cpu.so'), join(directory, 'dist', 'native', 'libnn_cpu.so'));
-  symlinkSync(library, join(directory, 'dist', 'native', 'libnn_cuda.so'));
+  for (const each of ['cpu', 'cuda'] as const) {
+    const from = each === name ? library : libraryPath(each);
+    if (existsSync(from)) symlinkSync(from, join(directory, 'dist', 'native', `libnn_${each}.so`));
+  }
   return join(directory, 'dist', 'cli', 'main.js');
 }
 

@@ -17,7 +17,7 @@ export function spikeError({ lossSpike: { factor, window, maxRollbacks } }: RunS
   const context = { step: at, toStep, loss, threshold, rollbacks };
   if (rollbacks < maxRollbacks) return { code: 'LOSS_SPIKE', message: `${what}; the run goes back to step ${toStep}, and on without the data read since`, context };
   const allowed = maxRollbacks === 0 ? 'lossSpike.maxRollbacks allows no rollback' : `the run was rolled back as often as lossSpike.maxRollbacks allows, ${rollbacks} times`;
-  const advice = `look at the data and the learning rate, and begin a new run, from the weights of step ${toStep} (initialCheckpoint) if they are good`;
+  const advice = `look at the data and the learning rate, and begin a new run, if need be from the newest checkpoint up to step ${toStep} (initialCheckpoint)`;
   return { code: 'LOSS_SPIKE', message: `${what}; ${allowed}: ${advice}`, context };
 }
 

@@ -718,7 +718,7 @@ describe('run machine: gradients that are not finite', () => {
 
 describe('run machine: the faults that the record keeps', () => {
   it('are the newest hundred, of which skipped steps are twenty at most, so that they push out nothing else', () => {
-    const table = new Table({ parallelism: 1, steps: 150, maxNonFiniteSteps: 1_000 }, ['a']);
+    const table = new Table({ parallelism: 1, steps: 150, maxNonFiniteSteps: 1_000 }, ['a'], { stepsPerJob: 1_000 });
     const { id } = table.last('steps');
     table.tell({ type: 'fault', what: 'a disk', error: { code: 'DISK_FULL', message: 'full', context: {} } });
     for (let at = 1; at <= 149; at++) table.tell({ type: 'progress', id, data: { worker: 'a', epoch: 0, report: { ...report(at), skipped: true } } });

@@ -192,6 +192,17 @@ export function describeDevices(library: 'auto' | LibraryName): DeviceDescriptio
   return Array.from({ length: deviceCount(choice.native) }, (_, index) => describe(choice, index));
 }
 
+/** Bytes of host memory that can be taken without swapping, inside the limit of a container. */
+export function hostFreeBytes(): number {
+  try {
+    return describeDevices('cpu')[0]!.freeBytes;
+  } catch (error) {
+    if (errorCode(error) !== 'LIBRARY_INVALID') throw error;
+    // Knows of a container's limit, but not what the other processes in it use.
+    return process.availableMemory();
+  }
+}
+
 /** One opened device: its memory and its kernels. */
 export class Device {
   readonly kernels: Kernels;

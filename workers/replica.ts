@@ -18,6 +18,7 @@ import type { Message, Origin, Result, ShardReport, StepReport } from '../config
 import { keys } from '../config/keys.ts';
 import type { Control } from '../config/keys.ts';
 import type { RunSpec } from '../config/run-spec.ts';
+import { hostFreeBytes } from '../cuda/device.ts';
 import type { Device } from '../cuda/device.ts';
 import { CheckpointReader, writeCheckpoint } from '../data/checkpoint-files.ts';
 import { evaluationBatches, stepTargetTokens, trainingBatch } from '../data/sampler.ts';
@@ -280,7 +281,7 @@ export class Replica {
   /** Memory for a copy of the state: taken once; null while the host has not enough to spare. */
   #copyMemory(): CopyMemory | null {
     const share = this.#config.worker.checkpointCopyPercent / 100;
-    if (this.#memory === null && copyBytes(this.#trainer) <= share * process.availableMemory()) this.#memory = allocateCopy(this.#trainer);
+    if (this.#memory === null && copyBytes(this.#trainer) <= share * hostFreeBytes()) this.#memory = allocateCopy(this.#trainer);
     return this.#memory;
   }
 

@@ -10,7 +10,7 @@ import { Worker } from 'node:worker_threads';
 import { expect } from 'chai';
 import { errorCode } from '../../config/errors.ts';
 import { ABI_VERSION, PROTOTYPES } from '../../cuda/bindings.generated.ts';
-import { Device, describeDevices, libraryPath, loadLibrary, slice } from '../../cuda/device.ts';
+import { Device, describeDevices, hostFreeBytes, libraryPath, loadLibrary, slice } from '../../cuda/device.ts';
 
 /** The error of `call` as "CODE: message". */
 function failure(call: () => unknown): string {
@@ -36,6 +36,7 @@ describe('device', () => {
     expect({ library, kind, index }).to.deep.equal({ library: 'cpu', kind: 'cpu', index: 0 });
     expect(memoryBytes).to.be.above(1e8);
     expect(device.freeBytes()).to.be.within(1, memoryBytes);
+    expect(hostFreeBytes()).to.be.within(1, memoryBytes);
     expect(['avx512', 'avx2', 'plain']).to.include(isa);
     expect(describeDevices('cpu')).to.have.length(1);
   });

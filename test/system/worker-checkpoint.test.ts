@@ -166,6 +166,24 @@ describe('checkpoints beside training', function () {
     for (const step of [2, 4]) expect(await verifyCheckpoint(placeOf(spec, step))).to.deep.equal({ step });
   });
 
+  it('a checkpoint that waits for another is given up when its epoch is over, and the jobs of the next begin', async () => {
+    const bench = await start();
+    const slow = slowFile();
+    const spec = await newSpec(slow.path);
+    const first = await save(bench, spec, 0);
+    await inTheMiddle(spec);
+    const second = await bench.queue.add('checkpoint', { ...originOf(spec), step: 0, directory: placeOf(spec, 1) });
+    const next = await bench.queue.add('steps', { ...originOf(spec, 1), fromStep: 0, stepCount: 2 });
+    await eventually('the second taken', async () => ((await second.isActive()) ? true : undefined));
+    expect(await next.getState()).to.equal('waiting');
+    await world.control(spec.name, { epoch: 1, command: 'run' });
+    expect(await failed(bench, second)).to.include({ code: 'CANCELLED' });
+    expect(parseResult('steps', await next.waitUntilFinished(bench.events, 40_000)).stepsDone).to.equal(2);
+    expect(await first.getState()).to.equal('active');
+    await slow.give();
+    expect((await saved(bench, first)).step).to.equal(0);
+  });
+
   it('a copied checkpoint is finished whatever its run is told, but for the end of the run: that leaves nothing', async () => {
     const bench = await start();
     const slow = slowFile();

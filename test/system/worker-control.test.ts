@@ -12,7 +12,7 @@ import { parseResult } from '../../config/messages.ts';
 import type { WorkerRecord } from '../../config/messages.ts';
 import type { RunSpec } from '../../config/run-spec.ts';
 import { startSupervisor } from '../../workers/main.ts';
-import type { Supervisor } from '../../workers/main.ts';
+import type { Supervisor, SupervisorEvent } from '../../workers/main.ts';
 import { World, eventually, originOf } from './worker-helpers.ts';
 
 /** What is promised is a second; machines that run tests are slow. */
@@ -22,22 +22,24 @@ describe('a worker under control', function () {
   this.timeout(60_000);
   let world: World;
   let supervisors: Supervisor[] = [];
+  let exits: Extract<SupervisorEvent, { type: 'exited' }>[] = [];
   let runs = 0;
 
   interface Bench {
     readonly id: string;
     readonly pid: number;
+    readonly supervisor: Supervisor;
     readonly queue: Queue;
     readonly events: QueueEvents;
   }
 
   const start = async (worker: Record<string, number> = {}, queue: Record<string, number> = {}): Promise<Bench> => {
     const config = { ...world.config, worker: { ...world.config.worker, ...worker }, queue: { ...world.config.queue, ...queue } };
-    const supervisor = startSupervisor({ config, device: { library: 'cpu', indices: 'cpu' }, count: 1, idPrefix: `k${runs++}` });
+    const supervisor = startSupervisor({ config, device: { library: 'cpu', indices: 'cpu' }, count: 1, idPrefix: `k${runs++}`, onEvent: (event) => event.type === 'exited' && exits.push(event) });
     supervisors.push(supervisor);
     await supervisor.ready;
     const { id, pid } = supervisor.workers()[0]!;
-    return { id, pid, ...(await world.queue(workerQueue('train', id))) };
+    return { id, pid, supervisor, ...(await world.queue(workerQueue('train', id))) };
   };
   const newSpec = async (more: Partial<RunSpec> = {}): Promise<RunSpec> => {
     const spec = { ...world.spec(`run-${runs++}`, { steps: 100_000 }), ...more };
@@ -72,6 +74,7 @@ describe('a worker under control', function () {
     await world.exchange.call('CLIENT', 'UNPAUSE');
     await Promise.all(supervisors.map((supervisor) => supervisor.stop()));
     supervisors = [];
+    exits = [];
     await world.clear();
   });
   after(() => world.stop());
@@ -175,6 +178,22 @@ describe('a worker under control', function () {
     expect((await bench.queue.getJob(job.id!))!.attemptsStarted, 'the lock was never lost').to.equal(1);
     expect(longestMs).to.be.lessThan(world.config.worker.deadAfterMs);
     expect(await world.exchange.exists(result.key)).to.equal(1);
+  });
+
+  it('says that it lives, and ends when it is asked to, while what is left of a run cannot be cleared away', async () => {
+    const bench = await start({ drainMs: 1_000 });
+    const spec = await newSpec();
+    const job = await bench.queue.add('shard', { ...originOf(spec), step: 1, shard: 0 });
+    await job.waitUntilFinished(bench.events, 40_000);
+    await world.exchange.call('CLIENT', 'PAUSE', '60000', 'WRITE');
+    await tell(spec, null, true);
+    await eventually('a removal that the exchange holds back', async () => (/blocked_clients:[1-9]/.test(await world.exchange.info('clients')) ? true : undefined));
+    const heartbeatAtMs = async (): Promise<number> => (JSON.parse((await world.redis.hget(world.names.workers, bench.id))!) as WorkerRecord).heartbeatAtMs;
+    const heldAtMs = await heartbeatAtMs();
+    await eventually('heartbeats', async () => ((await heartbeatAtMs()) - heldAtMs > 5 * world.config.worker.heartbeatMs ? true : undefined));
+    expect(await world.exchange.info('clients'), 'it is still held back').to.match(/blocked_clients:[1-9]/);
+    await bench.supervisor.stop();
+    expect(exits.map(({ code }) => code)).to.deep.equal([0]);
   });
 
   it('publishes nothing after it was stopped for so long that its job went to another epoch', async () => {

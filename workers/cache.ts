@@ -5,6 +5,7 @@
  *
  *   <home>/cache/<address>/...                               a set of files; its mtime is its last use
  *   <home>/cache/.<address>.<host>.<process>.<random>.partial  one on its way
+ *   <home>/cache/<address>.rest                               what has come of one that nobody is fetching now
  *   <home>/cache/.<address>.<host>.<process>.<random>.used     an empty mark: that process uses it
  *   <home>/cache/.run.<host>.<process>.<random>.work         checkpoints being written by that process
  */
@@ -20,6 +21,7 @@ import { fileError, forgetTemporary, onFile, systemCode, temporaryAt, temporaryN
 const LOOK_MS = 200;
 
 const ADDRESS = /^[0-9a-f]{64}$/;
+const REST = /^[0-9a-f]{64}\.rest$/;
 
 export class Cache {
   readonly #directory: string;
@@ -40,8 +42,9 @@ export class Cache {
     for (const name of this.#names()) {
       const path = join(this.#directory, name);
       const temporary = temporaryAt(path);
-      if (temporary?.owner !== 'gone') continue;
-      if (temporary.ending !== 'partial' || Date.now() - mtimeOf(path) > this.#expireMs) rmSync(path, { recursive: true, force: true });
+      const carriedOn = REST.test(name) || temporary?.ending === 'partial';
+      if (!REST.test(name) && temporary?.owner !== 'gone') continue;
+      if (!carriedOn || Date.now() - mtimeOf(path) > this.#expireMs) rmSync(path, { recursive: true, force: true });
     }
   }
 
@@ -95,8 +98,10 @@ export class Cache {
           this.makeRoom(bytesIn(files));
           await fill(partial);
           return this.publish(address, partial);
+        } catch (error) {
+          this.#leave(address, partial);
+          throw error;
         } finally {
-          // From here on it belongs to whoever wants to carry it on.
           forgetTemporary(partial);
         }
       }
@@ -136,7 +141,8 @@ export class Cache {
     let total = entries.reduce((sum, entry) => sum + entry.bytes, 0);
     const mayGo = entries.filter(({ path }) => {
       const temporary = temporaryAt(path);
-      return temporary === null ? ADDRESS.test(basename(path)) && !used.has(basename(path)) : temporary.ending === 'partial' && temporary.owner === 'gone';
+      if (temporary !== null) return temporary.ending === 'partial' && temporary.owner === 'gone';
+      return REST.test(basename(path)) || (ADDRESS.test(basename(path)) && !used.has(basename(path)));
     });
     for (const entry of mayGo.sort((a, b) => a.usedMs - b.usedMs)) {
       if (total + bytes <= this.#capacityBytes) return;
@@ -160,7 +166,7 @@ export class Cache {
     });
     if (paths.some((path) => temporaryAt(path)!.owner === 'active')) return null;
     const own = temporaryName(join(this.#directory, address));
-    for (const path of paths.filter((each) => temporaryAt(each)!.owner === 'gone')) {
+    for (const path of [this.#restOf(address), ...paths.filter((each) => temporaryAt(each)!.owner === 'gone')]) {
       try {
         renameSync(path, own);
         return own;
@@ -170,6 +176,20 @@ export class Cache {
     }
     onFile(own, () => mkdirSync(own));
     return own;
+  }
+
+  /** What has come of a download that ends here stays for whoever carries it on; its name must not tell of this process, which lives on. */
+  #leave(address: string, partial: string): void {
+    try {
+      renameSync(partial, this.#restOf(address));
+    } catch (error) {
+      if (!['ENOTEMPTY', 'EEXIST', 'ENOENT'].includes(systemCode(error) ?? '')) throw fileError(error, partial);
+      rmSync(partial, { recursive: true, force: true });
+    }
+  }
+
+  #restOf(address: string): string {
+    return join(this.#directory, `${address}.rest`);
   }
 
   /** A rename first: whoever looks for it meanwhile finds all of it or nothing. */

@@ -187,8 +187,11 @@ export class Store {
 
   async #fill(need: Need, { files }: Listing, into: string, signal: AbortSignal): Promise<void> {
     const startedAt = performance.now();
-    const fetched = await Promise.all(Object.entries(files).filter(([name]) => isListedName(name)).map(([name, file]) => this.#client.download(need.run, need.role, file, join(into, name), signal)));
-    const bytes = fetched.reduce((sum, each) => sum + each, 0);
+    const listed = Object.entries(files).filter(([name]) => isListedName(name));
+    const settled = await Promise.allSettled(listed.map(([name, file]) => this.#client.download(need.run, need.role, file, join(into, name), signal)));
+    // Not before the last has ended: the directory is another's from then on.
+    for (const each of settled) if (each.status === 'rejected') throw each.reason;
+    const bytes = settled.reduce((sum, each) => sum + (each.status === 'fulfilled' ? each.value : 0), 0);
     this.#log('info', `store: ${need.role} of run ${need.run} fetched, ${bytes} of ${bytesIn(files)} bytes, in ${Math.round(performance.now() - startedAt)} ms`);
   }
 

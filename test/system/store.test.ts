@@ -282,6 +282,24 @@ describe('the cache of a worker’s machine', () => {
     expect([existsSync(join(directory, address('a'))), existsSync(join(directory, address('b')))]).to.deep.equal([true, false]);
   });
 
+  it('a download that is given up is carried on by any other process, at once', async () => {
+    const giveUp = (into: string): Promise<void> => {
+      writeFileSync(join(into, 'half'), 'x');
+      return Promise.reject(new Error('given up'));
+    };
+    const first = opened(0);
+    first.hold(address('a'));
+    expect(await first.get(address('a'), files(1), giveUp).then(() => null, (error: Error) => error.message)).to.equal('given up');
+    // Nothing in the names that are left tells of a process, so that none is waited for.
+    expect(readdirSync(directory).filter((name) => name.endsWith('.partial'))).to.deep.equal([]);
+    const seen: string[] = [];
+    const second = opened(0);
+    second.hold(address('a'));
+    await second.get(address('a'), files(1), filled(1, seen));
+    expect(seen).to.deep.equal(['half']);
+    expect(readdirSync(directory)).to.include(address('a')).and.not.include(`${address('a')}.rest`);
+  });
+
   it('waits for a process of this machine that fetches the same, until it is told to stop', async () => {
     const cache = opened(0);
     mkdirSync(join(directory, `.${address('a')}.${hostname()}.${process.ppid}.01234567.partial`));

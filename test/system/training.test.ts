@@ -10,8 +10,10 @@ import { elementCount, parameterShapes, PRESETS } from '../../config/presets.ts'
 import { openRedis } from '../../config/redis.ts';
 import { CheckpointReader } from '../../data/checkpoint-reader.ts';
 import { SafetensorsFile } from '../../data/safetensors.ts';
+import type { StepLine } from '../../orchestrator/metrics.ts';
 import { startCluster, tinySpec } from '../support/cluster.ts';
 import type { Cluster } from '../support/cluster.ts';
+import { readLines } from '../support/history.ts';
 
 /** Follows a run to its end, calling `onStep` at each step, and returns its record. */
 async function finish(cluster: Cluster, name: string, onStep: (step: number) => void = () => undefined): Promise<{ record: RunRecord; events: RunEvent[] }> {
@@ -24,13 +26,11 @@ async function finish(cluster: Cluster, name: string, onStep: (step: number) => 
   return { record: await run.wait(), events };
 }
 
-const lossesOf = (cluster: Cluster, name: string): unknown[] =>
-  readFileSync(join(cluster.config.runs, name, 'metrics.jsonl'), 'utf8')
-    .trim()
-    .split('\n')
-    .map((line) => JSON.parse(line) as { type: string; report?: { step: number; loss: number; auxLoss: number[]; expertLoad: number[][]; gradientNorm: number } })
-    .filter((line) => line.type === 'step')
-    .map(({ report }) => [report!.step, report!.loss, report!.auxLoss, report!.expertLoad, report!.gradientNorm]);
+const lossesOf = (cluster: Cluster, name: string): unknown[] => {
+  const lines = readLines<StepLine>(join(cluster.config.runs, name, 'metrics.jsonl'));
+  expect(lines.length, 'steps in metrics.jsonl').to.be.above(0);
+  return lines.map(({ step, loss, auxLoss, expertLoad, gradientNorm }) => [step, loss, auxLoss, expertLoad, gradientNorm]);
+};
 
 describe('training through the queue', function () {
   this.timeout(120_000);

@@ -141,7 +141,7 @@ type LoggedEvent = Extract<RunEvent, { type: 'step' | 'eval' | 'rollback' }>;
  * The steps, rollbacks and evals that stand in a run's directory, as events: each eval after its step, on its branch. A last line that
  * is still being written is left out.
  */
-function pastEvents(directory: string): LoggedEvent[] {
+export function pastEvents(directory: string): LoggedEvent[] {
   const lines = (file: string): unknown[] => {
     const path = join(directory, file);
     if (!existsSync(path)) return [];
@@ -168,7 +168,7 @@ function pastEvents(directory: string): LoggedEvent[] {
 }
 
 /** Whether an event of the stream, which begins before now, was among those of the past. Steps come again on another branch: times tell these apart. */
-function oldness(past: readonly LoggedEvent[]): (event: RunEvent) => boolean {
+export function oldness(past: readonly LoggedEvent[]): (event: RunEvent) => boolean {
   const lastBack = past.findLastIndex(({ type }) => type === 'rollback');
   const beforeMs = past[lastBack]?.atMs ?? -Infinity;
   const present = past.slice(lastBack + 1);

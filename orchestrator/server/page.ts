@@ -160,6 +160,7 @@ function runCard(run, opened, openedAttempts) {
     ['time', run.startedAtMs === null ? '\\u2013' : duration((run.finishedAtMs || Date.now()) - run.startedAtMs)],
   ];
   if (run.skippedSteps > 0) facts.push(['skipped', number(run.skippedSteps)]);
+  if (run.rollbacks.length > 0) facts.push(['rolled back', number(run.rollbacks.length) + (run.rollbacks.length === 1 ? ' time' : ' times')]);
   const verb = (name) => el('button', { type: 'button', onclick: () => ask('/api/runs/' + encodeURIComponent(run.run) + '/' + name, { method: 'POST' }).then(draw, say) }, name);
   const verbs = { queued: ['cancel'], running: ['pause', 'cancel'], pausing: ['resume', 'cancel'], paused: ['resume', 'cancel'], failed: ['retry'], cancelled: ['retry'] }[run.phase] || [];
   return el('article', { className: 'card' },

@@ -37,6 +37,7 @@ export function prometheusText(runs: readonly RunRecord[], workers: readonly Wor
     family('nn_run_tokens_per_second', 'Tokens trained on in a second.', ofRun(({ tokensPerSecond }) => tokensPerSecond)),
     family('nn_run_workers', 'Workers that share a step.', ofRun(({ way }) => way?.workers ?? null)),
     family('nn_run_skipped_steps', 'Steps skipped because their gradient was not finite.', ofRun(({ skippedSteps }) => skippedSteps)),
+    family('nn_run_rollbacks', 'Times that a loss spike rolled the run back.', ofRun(({ rollbacks }) => rollbacks.length)),
     family('nn_run_attempt', 'Attempts at the run.', ofRun(({ attempts }) => attempts.at(-1)?.number ?? null)),
     family('nn_run_running_seconds', 'Time in phase running, over all attempts.', ofRun(({ runningMs }) => runningMs / 1000)),
     family('nn_run_faults', 'Faults by code.', live.flatMap(({ run, faultCounts }) => Object.entries(faultCounts).map(([code, count]): Sample => [{ run, code }, count]))),

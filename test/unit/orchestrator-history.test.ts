@@ -83,6 +83,34 @@ describe('the history checker', () => {
   /** `good` with the entry at `at` replaced by `entries`. */
   const planted = (at: number, ...entries: Entry[]): Entry[] => [...good.slice(0, at), ...entries, ...good.slice(at + 1)];
 
+  it('is content with a rollback, and counts nothing of the branch before; without one it is not', () => {
+    const back = { atMs: 0, branch: 1, fromStep: 3, toStep: 1, epoch: 4, loss: 9, threshold: 2 };
+    const line = (more: object = {}): Entry => ({ type: 'rollback', branch: 1, fromStep: 3, toStep: 1, epoch: 4, ...more });
+    const begin: Entry[] = [taken(0), phase('running'), shard(1, 0), shard(1, 1), flow(1), flow(2), local(3)];
+    // Other gradients of step 2; and one of the branch before that comes late.
+    const other = (at: number): object => ({ digest: digest(7, at), reportEpoch: 4 });
+    const end: Entry[] = [shard(2, 0, other(0)), shard(2, 0), local(2), local(3), local(4), phase('completed', 'good')];
+    const found = (entries: Entry[], rollbacks = [back]): string => {
+      let [driver, epoch] = ['d1', 0];
+      const lines = entries.map((entry): HistoryLine => {
+        driver = entry.type === 'taken' ? (entry.driver ?? driver) : driver;
+        epoch = entry.epoch ?? epoch;
+        return { driver, atMs: 0, epoch, ...entry };
+      });
+      return checkHistory(lines, { steps: 4, shards: 2, metrics: [1, 2, 3, 4], rollbacks, weightsDigest: 'good' }).violations.join('; ');
+    };
+    expect(found([...begin, line(), ...end])).to.equal('');
+    // The driver died between its two files.
+    expect(found([...begin, { ...taken(1, { branch: 1 }), driver: 'd2', epoch: 4 }, ...end])).to.equal('');
+    expect(found([...begin, ...end])).to.contain('step 2 counts again');
+    expect(found([...begin, line(), ...end], [])).to.contain('is not in metrics.jsonl');
+    expect(found([...begin, line({ toStep: 2 }), ...end])).to.contain('is not in metrics.jsonl');
+    expect(found([...begin, line(), shard(2, 0, other(1)), ...end])).to.contain('shard 0 of step 2 is');
+    expect(found([...begin, line(), shard(1, 0, { digest: digest(7, 7), reportEpoch: 4 }), ...end])).to.contain('shard 0 of step 1 is');
+    expect(found([...begin, line(), line({ branch: 3 }), ...end])).to.contain('branch 3 after branch 1');
+    expect(found([...begin.slice(0, -1), line(), ...end])).to.contain('a rollback from step 3, but 2 counted');
+  });
+
   it('is content with a good history, and counts', () => {
     expect(check(good)).to.deep.equal({ violations: [], steps: 4, epochs: 3, drivers: 2, faults: 0, flowSteps: 2, shardsAgain: 0 });
   });

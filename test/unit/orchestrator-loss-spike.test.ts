@@ -1,18 +1,23 @@
 /** The rule about losses that rise too far: what it depends on, where it leads, and that a file of metrics tells it as it was. */
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect } from 'chai';
 import fc from 'fast-check';
+import { describeRun, oldness, pastEvents } from '../../cli/commands/runs.ts';
+import { eventLine } from '../../cli/follow.ts';
 import { errorCode } from '../../config/errors.ts';
-import type { Rollback, StepReport } from '../../config/messages.ts';
+import type { Rollback, RunEvent, StepReport } from '../../config/messages.ts';
 import { parseRunSpec } from '../../config/run-spec.ts';
 import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
 import { UNWATCHED, afterRollback, oldestTarget, spikeOf, watchLoss } from '../../orchestrator/loss-spike.ts';
 import type { LossWatch } from '../../orchestrator/loss-spike.ts';
 import { RunMetrics } from '../../orchestrator/metrics.ts';
 import { checkpointsToDelete } from '../../orchestrator/plan.ts';
+import { rebuild } from '../../orchestrator/restore.ts';
+import { claimDirectory } from '../../orchestrator/run-directory.ts';
 import { Histories } from '../../orchestrator/server/history.ts';
+import { prometheusText } from '../../orchestrator/server/prometheus.ts';
 
 const specOf = (lossSpike: RunSpecInput['lossSpike'], every = 4): RunSpec =>
   parseRunSpec({ name: 'r', model: 'tiny', data: { train: 't' }, steps: 100, batch: { sequences: 1, sequenceLength: 8 }, checkpoint: { every }, lossSpike });
@@ -116,6 +121,7 @@ describe('metrics of a run that was rolled back', () => {
   beforeEach(() => (directory = mkdtempSync(join(tmpdir(), 'nn-rollback-'))));
   afterEach(() => rmSync(directory, { recursive: true }));
   const spec = specOf({ factor: 2, window: 2, patience: 1 });
+  const counts = { waiting: 0, active: 0, delayed: 0, failed: 0, completed: 0 };
   const rollback: Rollback = { atMs: 7, branch: 1, fromStep: 6, toStep: 4, epoch: 3, loss: 9, threshold: 2 };
   const step = (at: number, loss: number, skipped = false) => ({ type: 'step', atMs: at, epoch: 0, tokensPerSecond: 10, report: report(at, loss, skipped) }) as const;
 
@@ -144,6 +150,56 @@ describe('metrics of a run that was rolled back', () => {
     const again = new RunMetrics(directory, 2, spec);
     expect(spikeOf(spec, again.counted!.branch!.lossWatch)).to.deep.equal({ loss: 9, threshold: 2.5, toStep: 4 });
     again.close();
+  });
+
+  it('are printed in the order in which they came, each eval on its branch, and then what is new of the stream', () => {
+    const metrics = new RunMetrics(directory, 0);
+    metrics.append({ type: 'eval', atMs: 0, step: 0, loss: 7 });
+    for (const at of [1, 2, 3, 4, 5, 6]) {
+      metrics.append(step(at, 1));
+      if (at === 5) metrics.append({ type: 'eval', atMs: 5, step: 5, loss: 3 });
+    }
+    metrics.append({ type: 'rollback', ...rollback });
+    metrics.append({ ...step(5, 2), atMs: 8 });
+    metrics.append({ type: 'eval', atMs: 8, step: 5, loss: 2, branch: 1 });
+    metrics.close();
+    const past = pastEvents(directory);
+    const shown = (event: RunEvent): string => (event.type === 'step' ? `${event.report.step}` : event.type === 'eval' ? `eval ${event.step} ${event.loss}` : event.type);
+    expect(past.map(shown)).to.deep.equal(['eval 0 7', '1', '2', '3', '4', '5', 'eval 5 3', '6', 'rollback', '5', 'eval 5 2']);
+    expect(past.map(eventLine)[8]).to.equal('back from step 6 to step 4: the loss 9.000 was above 2.000');
+    const isOld = oldness(past);
+    for (const event of past) expect(isOld(event), shown(event)).to.equal(true);
+    const stepAt = (at: number, atMs: number): RunEvent => ({ type: 'step', report: report(at, 1), tokensPerSecond: 1, atMs });
+    expect(isOld(stepAt(6, 9))).to.equal(false);
+    // Another rollback, heard and not read: its steps come again.
+    expect(isOld({ type: 'rollback', ...rollback, branch: 2, atMs: 10 })).to.equal(false);
+    expect([isOld(stepAt(5, 11)), isOld({ type: 'eval', step: 5, loss: 1, atMs: 11 })]).to.deep.equal([false, false]);
+  });
+
+  it('rebuild the record of the present branch, and no checkpoint of another', () => {
+    const run = join(directory, 'r');
+    claimDirectory(run, spec);
+    const metrics = new RunMetrics(run, 0, spec);
+    for (const at of [1, 2, 3, 4, 5, 6]) metrics.append(step(at, at === 6 ? 9 : 1));
+    metrics.append({ type: 'rollback', ...rollback });
+    metrics.append(step(5, 1));
+    metrics.close();
+    for (const name of ['step-4', 'step-6']) mkdirSync(join(run, 'checkpoints', name), { recursive: true });
+    const { record } = rebuild(run);
+    expect(record).to.deep.include({ phase: 'queued', step: 5, rollbacks: [rollback], checkpoint: { directory: join(run, 'checkpoints', 'step-4'), step: 4 } });
+    expect(record.epoch).to.be.above(rollback.epoch);
+    const text = prometheusText([{ ...record, phase: 'running' }], [], { runs: counts, train: counts, eval: counts, generate: counts }, { sentBytes: 0, receivedBytes: 0 });
+    expect(text).to.include('nn_run_rollbacks{run="r"} 1\n');
+    expect(describeRun(record).join('\n')).to.match(/rollbacks +6 to 4/);
+  });
+
+  it('have TensorBoard drop what is void', () => {
+    const metrics = new RunMetrics(directory, 0);
+    metrics.append({ type: 'rollback', ...rollback });
+    metrics.close();
+    const file = readFileSync(join(directory, readdirSync(directory).find((name) => name.startsWith('events.'))!));
+    // tensorflow.Event: step = 5 (field 2), session_log = { status: START } (field 7: a message of field 1).
+    expect(file.includes(Buffer.from([0x10, 5, 0x3a, 2, 0x08, 1]))).to.equal(true);
   });
 
   it('are drawn as the present branch only', () => {

@@ -213,7 +213,7 @@ describe('run machine: a rollback', () => {
       const next = new Driver(driver.ground);
       next.tell({ type: 'workers', workers: next.workers });
       const job = driver.last('steps');
-      const data = { ...(job.data as object), rollbacks: [{ fromStep: 6, toStep: 4 }, { fromStep: 8, toStep: 4 }] };
+      const data = { ...job.data, rollbacks: [{ fromStep: 6, toStep: 4 }, { fromStep: 8, toStep: 4 }] };
       next.tell({ type: 'adopt', job, data, processedAtMs: 0, finished, progress: null, related: [] });
       expect(next.state).to.include({ activity: null, epoch: epoch + 1 });
     }

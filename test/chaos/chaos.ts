@@ -99,7 +99,7 @@ class Chaos {
     for (const prefix of this.#workers) await this.#stack.work(1, prefix);
     const calmMs = Date.now();
     await this.#train('reference', 1);
-    const reference = await this.#stack.finish('reference', CALM_MS + steps * 1_000);
+    const reference = await this.#unlessInterrupted(this.#stack.finish('reference', CALM_MS + steps * 1_000));
     const referenceMs = Date.now() - calmMs;
     log(`undisturbed, on one worker: ${steps} steps in ${(referenceMs / 1000).toFixed(0)} s, weights ${reference.weightsDigest!.slice(0, 16)}`);
     this.#forget('reference');
@@ -228,6 +228,17 @@ class Chaos {
 
   #forget(run: string): void {
     rmSync(this.#stack.runDirectory(run), { recursive: true, force: true });
+  }
+
+  /** Rejects as soon as the signal comes. */
+  #unlessInterrupted<Value>(work: Promise<Value>): Promise<Value> {
+    const { signal } = this.#options;
+    work.catch(() => undefined);
+    return Promise.race([work, new Promise<never>((_, reject) => {
+      const stop = (): void => reject(new Error('interrupted'));
+      if (signal.aborted) stop();
+      else signal.addEventListener('abort', stop, { once: true });
+    })]);
   }
 
   /** A sleep that ends with the signal. */

@@ -51,17 +51,16 @@ describe('chaos', function () {
   });
 
   const chaosDirectories = (pid: number): string[] => readdirSync(tmpdir()).filter((name) => name.startsWith(`nn-chaos-${pid}-`)).map((name) => join(tmpdir(), name));
-  /** The command line, until it has begun. */
-  const begun = async (): Promise<{ child: ReturnType<typeof spawn>; directory: string; ended: Promise<number | null> }> => {
-    const child = spawn(process.execPath, [fileURLToPath(new URL('../chaos/main.js', import.meta.url)), '--minutes', '5', '--steps', '20'], { stdio: ['ignore', 'ignore', 'pipe'] });
-    const ended = new Promise<number | null>((resolve) => child.once('exit', resolve));
-    let text = '';
-    child.stderr.on('data', (bytes: Buffer) => (text += bytes.toString()));
-    await until('chaos', () => text.includes('undisturbed'), 60_000);
-    return { child, directory: chaosDirectories(child.pid!)[0]!, ended };
-  };
   const processesOf = (directory: string): ProcessName[] =>
     readFileSync(join(directory, 'processes.jsonl'), 'utf8').split('\n').slice(0, -1).map((line) => JSON.parse(line) as ProcessName);
+  /** The command line, when all its processes have started and it trains the undisturbed run. */
+  const begun = async (): Promise<{ child: ReturnType<typeof spawn>; directory: string; ended: Promise<number | null> }> => {
+    const main = fileURLToPath(new URL('../chaos/main.js', import.meta.url));
+    const child = spawn(process.execPath, [main, '--minutes', '5', '--steps', '100000'], { stdio: 'ignore' });
+    const ended = new Promise<number | null>((resolve) => child.once('exit', resolve));
+    await until('its processes', () => chaosDirectories(child.pid!).some((directory) => existsSync(join(directory, 'runs', 'reference', 'metrics.jsonl'))), 60_000, 50);
+    return { child, directory: chaosDirectories(child.pid!)[0]!, ended };
+  };
 
   it('ends on Ctrl-C with nothing left of it', async () => {
     const { child, directory, ended } = await begun();

@@ -4,6 +4,7 @@
  */
 import type { ErrorRecord } from '../config/errors.ts';
 import type { RunAttempt, RunPhase, RunRecord } from '../config/messages.ts';
+import type { RunSpec } from '../config/run-spec.ts';
 
 const ATTEMPTS_KEPT = 50;
 
@@ -29,6 +30,19 @@ export function beginAttempt(attempts: Attempts, { fromStep, atMs }: { fromStep:
 export function changeAttempt(attempts: Attempts, change: (open: RunAttempt) => Partial<RunAttempt>): Attempts {
   const open = openAttempt(attempts);
   return open === null ? attempts : [...attempts.slice(0, -1), { ...open, ...change(open) }];
+}
+
+/** Time in phase `running` goes by. */
+export const spend = ({ attempts, runningMs }: Pick<RunRecord, 'attempts' | 'runningMs'>, spentMs: number): Pick<RunRecord, 'attempts' | 'runningMs'> => ({
+  attempts: changeAttempt(attempts, (open) => ({ runningMs: open.runningMs + spentMs })),
+  runningMs: runningMs + spentMs,
+});
+
+/** Why an attempt that was running for so long must end; null: it need not. */
+export function timeLimit({ maxDurationSeconds: limit }: RunSpec, runningMs: number): ErrorRecord | null {
+  if (!(limit > 0) || runningMs < 1000 * limit) return null;
+  const message = `running for ${limit} s, as long as maxDurationSeconds allows; \`cuda-nn retry\` goes on from its checkpoint for as long again`;
+  return { code: 'TIME_LIMIT', message, context: { seconds: limit } };
 }
 
 export interface End {

@@ -41,7 +41,7 @@ import type { Result, Rollback, StepReport } from '../config/messages.ts';
 import { tokensPerStep } from '../config/run-spec.ts';
 import { adoptable, holdersOf, jobsOf, nameOf } from './activities.ts';
 import type { Of } from './activities.ts';
-import { beginAttempt, changeAttempt, endAttempt } from './attempts.ts';
+import { beginAttempt, endAttempt, spend, timeLimit } from './attempts.ts';
 import { fatalJob, forgive, killOf, tooMany } from './kills.ts';
 import { oldestTarget, spikeOf, watchLoss } from './loss-spike.ts';
 import type { Spike } from './loss-spike.ts';
@@ -75,20 +75,16 @@ class Machine extends MachineDraft {
     const spentMs = state.clockMs === null ? 0 : Math.max(0, atMs - state.clockMs);
     state.clockMs = atMs;
     if (state.phase !== 'running' || spentMs === 0) return;
-    const { shown } = state;
-    const attempts = changeAttempt(shown.attempts, ({ runningMs }) => ({ runningMs: runningMs + spentMs }));
-    state.shown = { ...shown, attempts, runningMs: shown.runningMs + spentMs };
-    this.limitTime(attempts.at(-1)?.runningMs ?? 0);
+    state.shown = { ...state.shown, ...spend(state.shown, spentMs) };
+    this.limitTime(state.shown.attempts.at(-1)?.runningMs ?? 0);
   }
 
   /** The attempt has used up its time: it ends at the next step boundary, unless all that is left is to finish. */
   private limitTime(runningMs: number): void {
     const { state } = this;
-    const { maxDurationSeconds: limit, steps } = state.settings.spec;
-    if (!(limit > 0) || runningMs < 1000 * limit || state.ending !== null || !state.ready || state.version >= steps) return;
-    const message = `running for ${limit} s, as long as maxDurationSeconds allows; \`cuda-nn retry\` goes on from step ${state.version} or a little later for as long again`;
-    state.ending = { code: 'TIME_LIMIT', message, context: { seconds: limit } };
-    if (state.activity?.kind === 'steps' && state.command === 'run') this.control('yield');
+    if (state.ending !== null || !state.ready || state.version >= state.settings.spec.steps) return;
+    state.ending = timeLimit(state.settings.spec, runningMs);
+    if (state.ending !== null && state.activity?.kind === 'steps' && state.command === 'run') this.control('yield');
   }
 
   hear(event: MachineEvent): void {
@@ -195,8 +191,7 @@ class Machine extends MachineDraft {
 
   /** A local job is under way: asks it to end at the next step boundary if the way has changed, or its worker is another run's to use. */
   private yieldIfBetter(activity: Of<'steps'>): void {
-    const { share } = this.state;
-    const way = this.wanted();
+    const [way, { share }] = [this.wanted(), this.state];
     if (way.exchange === 'local' && way.workers[0] === activity.holder.id) return;
     if (way.workers.length === 0 && (share === null || share.workers.includes(activity.holder.id))) return;
     this.control('yield');
@@ -501,6 +496,11 @@ class Machine extends MachineDraft {
     const message = 'Redis was started anew and may have lost its last writes; what was under way is planned again';
     this.fault('Redis', { code: 'REDIS_LOST', message, context: {} });
     state.claims = state.workers.filter((worker) => worker.heldBy === state.settings.run).map((worker) => worker.id);
+    // A worker that nobody knows to be ours may be another run's by now.
+    if (state.home !== null && !state.claims.includes(state.home.id)) state.home = null;
+    // Its job may have come back as one that nobody does.
+    if (state.saving !== null) this.effects.push({ type: 'remove', jobs: [state.saving.job] });
+    state.saving = null;
     this.giveUp();
     this.decide();
   }
@@ -664,16 +664,23 @@ class Machine extends MachineDraft {
 
   /** What was computed is kept if anybody has it; then the run fails. */
   private decideEnding(error: ErrorRecord): void {
-    const { home, version, sharedVersion, checkpoints, claims, workers, saving } = this.state;
+    const { version, sharedVersion, checkpoints, claims, workers, saving } = this.state;
     if (saving !== null) return;
     const other = version <= sharedVersion ? workers.find((worker) => claims.includes(worker.id)) : undefined;
-    const at = home ?? other ?? null;
+    const at = this.ownHome() ?? other ?? null;
     if (at !== null && version > (checkpoints.at(-1)?.step ?? 0)) return this.addCheckpoint({ id: at.id, incarnation: at.incarnation });
     this.fail(error);
   }
 
+  /** Home, unless it was released: then others can reach its version too. */
+  private ownHome(): Holder | null {
+    const { home, claims } = this.state;
+    return home !== null && claims.includes(home.id) ? home : null;
+  }
+
   private decidePausing(): void {
-    const { home, version, checkpoints, saving, diskFull } = this.state;
+    const { version, checkpoints, saving, diskFull } = this.state;
+    const home = this.ownHome();
     if (saving !== null) return;
     // Nothing is released: the version lies nowhere but in its worker, and `resume` tries a checkpoint again there.
     if (diskFull) return this.enter('paused');

@@ -1,7 +1,8 @@
 /**
  * A world for one run machine: queue, exchange, checkpoints, workers, users and an orchestrator that crashes, all driven by
  * one seed and a clock of its own. Messages are dropped, delayed, doubled and reordered; jobs are taken twice; workers die,
- * return under their old names, are thought dead while they live, join and drain. Used by run-machine.test.ts.
+ * return under their old names, are thought dead while they live, join and drain; other runs want them; Redis loses its last
+ * second. Used by run-machine.test.ts.
  *
  * A replica's state is a chain, state(t) = mix(state(t-1), data of t), and a report's loss is its state before the step: a step
  * computed on a wrong version shows in the metrics. In some worlds losses above 1.2 to 2 times the median roll the run back: of
@@ -80,6 +81,15 @@ interface SimJob extends NewJob {
 }
 
 const hasEnded = ({ state }: SimJob): boolean => state === 'completed' || state === 'failed';
+/** What Redis knew at a time. */
+interface Memory {
+  readonly atMs: number;
+  readonly control: Control | null;
+  readonly record: RunRecord;
+  readonly claims: readonly (readonly [worker: string, run: string])[];
+  readonly jobs: readonly (readonly [key: string, job: SimJob])[];
+}
+
 const keyOf = ({ worker, id }: JobAddress): string => `${worker ?? ''}/${id}`;
 
 interface SimOrigin {
@@ -110,6 +120,10 @@ export interface Faults {
   readonly loseGradient: number;
   readonly damageCheckpoint: number;
   readonly diskFull: number;
+  /** The run's share of the workers changes. */
+  readonly shares: number;
+  /** Redis is killed and comes back with what it knew up to a second before. */
+  readonly redis: number;
   /** Longest time to write a checkpoint's files. */
   readonly slowestDiskMs: number;
   readonly wishes: boolean;
@@ -117,15 +131,15 @@ export interface Faults {
 }
 
 export const CALM: Faults = {
-  drop: 0, double: 0, slowest: 5, crash: 0, orchestratorCrash: 0, hide: 0, loseGradient: 0, damageCheckpoint: 0, diskFull: 0, slowestDiskMs: 200,
-  wishes: false, cancel: false,
+  drop: 0, double: 0, slowest: 5, crash: 0, orchestratorCrash: 0, hide: 0, loseGradient: 0, damageCheckpoint: 0, diskFull: 0, shares: 0, redis: 0,
+  slowestDiskMs: 200,  wishes: false, cancel: false,
 };
 
 export function chooseFaults(random: () => number): Faults {
   const some = (most: number): number => (random() < 0.5 ? 0 : random() * most);
   return {
     drop: some(0.2), double: some(0.3), slowest: random() < 0.5 ? 10 : 400, crash: some(0.06), orchestratorCrash: some(0.02), hide: some(0.04),
-    loseGradient: some(0.02), damageCheckpoint: some(0.2),
+    loseGradient: some(0.02), damageCheckpoint: some(0.2), shares: some(0.06), redis: some(0.02),
     diskFull: random() < 0.2 ? random() * 0.5 : 0, slowestDiskMs: random() < 0.5 ? 40 : 2_000, wishes: random() < 0.3, cancel: random() < 0.05,
   };
 }
@@ -148,6 +162,11 @@ const BASE = parseRunSpec({
 const STEP_MS = 20;
 /** As long as the lock of a job that its worker left lasts: the run must not wait for it. */
 const STALL_MS = 30_000;
+/**
+ * When the lock of a job runs out that came back active, with nobody doing it. Sooner than in life: an orchestrator that starts
+ * before anybody noticed that Redis lost something takes such a job up, and waits for that.
+ */
+const ZOMBIE_MS = 3_000;
 /** Undisturbed, with a worker to be had, a run may be without news no longer. */
 const RECOVERY_MS = 6_000;
 /** Faults end some time before this, so that every run can end; often early, so that what they broke is not hidden by the next. */
@@ -192,6 +211,14 @@ export class World {
   finished: RunRecord | null = null;
   /** When something last went wrong, changed, or was put right. */
   #disturbedMs = 0;
+  /** The workers that are this run's to use; null: nobody else wants any. */
+  #share: readonly string[] | null = null;
+  /** Of record.json: written before the workers are told. */
+  #epochOnDisk = 0;
+  /** Redis lost its last second, and the orchestrator has not heard of it. */
+  #unnoticed = false;
+  /** What Redis knew, oldest first, for a second. */
+  #memories: Memory[] = [];
   /** When the orchestrator last heard of work done in the current epoch. */
   #newsMs = 0;
 
@@ -240,7 +267,7 @@ export class World {
 
   #checkRecovery(): void {
     const state = this.#state;
-    const usable = this.workers.some((worker) => worker.alive && !worker.hidden && (this.#claims.get(worker.id) ?? 'sim.1') === 'sim.1');
+    const usable = this.workers.some((worker) => worker.alive && !worker.hidden && (this.#share?.includes(worker.id) ?? true) && (this.#claims.get(worker.id) ?? 'sim.1') === 'sim.1');
     if (state === null || state.phase !== 'running' || !usable) return this.#disturb();
     const sinceMs = this.now - Math.max(this.#disturbedMs, this.#newsMs);
     if (sinceMs >= RECOVERY_MS) assert.fail(`nothing was done for ${sinceMs} ms: ${JSON.stringify({ activity: state.activity, epoch: state.epoch, version: state.version })}`);
@@ -287,6 +314,9 @@ export class World {
     if (this.#chance(loseGradient)) this.#lose(this.#shards);
     if (this.#chance(loseGradient / 4)) this.#lose(this.#sums);
     if (this.#chance(0.02)) this.#otherRun();
+    if (this.#chance(this.#faults.shares)) this.#reshare();
+    this.#remember();
+    if (this.#chance(this.#faults.redis)) this.#loseLastSecond();
     if (wishes && this.#chance(0.03)) {
       this.#wish = { wish: 'pause' };
       this.#at(this.#pick(2_000), () => void (this.#wish = { wish: 'resume' }));
@@ -307,6 +337,66 @@ export class World {
     this.#claims.set(worker.id, 'other');
     if (worker.job === null) worker.replica = null;
     this.#at(this.#pick(3_000), () => this.#claims.get(worker.id) === 'other' && this.#claims.delete(worker.id));
+  }
+
+  /** Other runs want workers, for a while. */
+  #reshare(): void {
+    const share = this.workers.filter(() => this.#random() < 0.5).map(({ id }) => id);
+    this.#share = share;
+    this.#note(`its share is ${share.join()}`);
+    this.#disturb();
+    this.#at(100 + this.#pick(3_000), () => {
+      if (this.#share !== share) return;
+      this.#share = null;
+      this.#disturb();
+    });
+  }
+
+  #remember(): void {
+    if (this.#faults.redis === 0) return;
+    const jobs = [...this.#jobs].map(([key, job]) => [key, { ...job, progress: [...job.progress] }] as [string, SimJob]);
+    this.#memories.push({ atMs: this.now, control: this.#control, record: this.#record, claims: [...this.#claims], jobs });
+    this.#memories = this.#memories.filter(({ atMs }) => atMs >= this.now - 1_000);
+  }
+
+  /** What workers do goes on; their results of jobs that Redis forgot are lost, and jobs that had ended may come back. */
+  #loseLastSecond(): void {
+    const memory = this.#memories[this.#pick(this.#memories.length)]!;
+    this.#note(`Redis is as it was ${(this.now - memory.atMs).toFixed(0)} ms ago`);
+    this.#disturb();
+    this.#memories = [];
+    this.#unnoticed = true;
+    this.#control = memory.control;
+    this.#record = memory.record;
+    this.#claims.clear();
+    for (const [worker, run] of memory.claims) {
+      this.#claims.set(worker, run);
+      // The other run knows no better, and lets go in time.
+      if (run === 'other') this.#at(this.#pick(3_000), () => this.#claims.get(worker) === 'other' && this.#claims.delete(worker));
+    }
+    this.#jobs.clear();
+    this.#waiting.clear();
+    for (const [key, job] of memory.jobs) {
+      this.#jobs.set(key, job);
+      if (job.state === 'waiting') this.#wait(job);
+      if (job.state !== 'active') continue;
+      this.#at(ZOMBIE_MS, () => {
+        if (job.state === 'active') this.#wait(job);
+      });
+    }
+    // Who asked for something in that second asks again.
+    if (this.#faults.wishes) this.#at(1_000 + this.#pick(1_000), () => void (this.#wish = { wish: 'resume' }));
+    const generation = this.#generation;
+    this.#at(this.#random() * 300, () => {
+      if (generation !== this.#generation || this.#state === null) return;
+      this.#hear(this.#workersEvent());
+      this.#unnoticed = false;
+      this.#hear({ type: 'restarted' });
+    });
+  }
+
+  #workersEvent(): Heard {
+    return { type: 'workers', workers: this.#views(), ...(this.#share === null ? {} : { share: { workers: this.#share, reason: 'shares' } }) };
   }
 
   #join(id: string): SimWorker {
@@ -562,11 +652,16 @@ export class World {
     let logThrough = good.at(-1)?.step ?? 0;
     while (logThrough < this.metrics.length && this.#sums.has(`${branchOf(this.rollbacks, logThrough + 1)}:${logThrough + 1}`)) logThrough++;
     const counted = this.#lines.length === 0 ? null : countLines(this.#lines, presentBranch(this.#lines, this.#evals), this.spec);
-    this.#state = initialState(this.#settings, { record: this.#record, control: this.#control, counted, faults: null, checkpoints: good, logThrough });
+    this.#unnoticed = false;
+    // As driver.ts does: an epoch on the disk that Redis does not know was lost there.
+    const lost = this.#epochOnDisk > Math.max(this.#record.epoch, this.#control?.epoch ?? 0);
+    const record = lost ? { ...this.#record, epoch: this.#epochOnDisk + 1 } : this.#record;
+    const control = lost ? null : this.#control;
+    this.#state = initialState(this.#settings, { record, control, counted, faults: null, checkpoints: good, logThrough });
     const { phase, epoch, step } = this.#state;
     this.history.push({ driver: `d${generation}`, type: 'taken', atMs: this.now, epoch, phase, step, checkpoint: good.at(-1)?.step ?? 0, branch: this.rollbacks.length });
-    this.#hear({ type: 'workers', workers: this.#views() });
-    if (this.#control !== null) this.#adopt();
+    this.#hear(this.#workersEvent());
+    if (control !== null) this.#adopt();
     if (this.#generation === generation) this.#hear({ type: 'ready' });
     this.#look(generation, null);
   }
@@ -593,7 +688,7 @@ export class World {
   /** The orchestrator's timer: workers, wishes, clock. */
   #look(generation: number, before: { readonly wish: string } | null): void {
     if (this.#state === null || generation !== this.#generation) return;
-    this.#hear({ type: 'workers', workers: this.#views() });
+    this.#hear(this.#workersEvent());
     const wish = this.#wish;
     if (wish !== null && wish !== before) this.#hear({ type: 'wish', wish: wish.wish });
     this.#hear({ type: 'tick' });
@@ -639,6 +734,9 @@ export class World {
     switch (effect.type) {
       case 'control':
         assert(this.#control === null || effect.control.epoch >= this.#control.epoch, 'the epoch of the control never falls');
+        assert(effect.control.epoch >= this.#epochOnDisk, 'no worker is told an epoch below one that others were told');
+        if (effect.control.epoch > this.#epochOnDisk && !TERMINAL_PHASES.includes(this.#state!.phase)) this.#record = recordOf(this.#state!);
+        this.#epochOnDisk = effect.control.epoch;
         this.#control = effect.control;
         return;
       case 'add':
@@ -702,8 +800,8 @@ export class World {
           assert.notEqual(effect.event.error.code, 'REPLICA_DIVERGED', effect.event.error.message);
         } else if (effect.event.type === 'phase') {
           this.#note(`phase ${effect.event.phase}`);
-          // Somebody makes room.
-          if (effect.event.phase === 'paused' && this.#state!.diskFull) this.#at(this.#pick(2_000), () => void (this.#wish = { wish: 'resume' }));
+          // Somebody makes room, and sees to it that the run goes on.
+          if (effect.event.phase === 'paused') this.#at(this.#pick(2_000), () => void (this.#wish = { wish: 'resume' }));
         }
         return;
       case 'finish':
@@ -729,9 +827,12 @@ export class World {
 
   #add(job: NewJob, parent: string | null, children: readonly string[] = []): void {
     if (this.#logs) this.#note(`add ${job.id} to ${job.worker ?? 'all'}`);
-    assert.equal(parseJobId(job.id)!.epoch, this.#control!.epoch, 'a job is of the epoch that the control tells');
-    assert.equal(this.#control!.command, 'run', 'no job is added under a control that stops it');
-    if (job.worker !== null) assert.equal(this.#claims.get(job.worker), 'sim.1', 'a job goes to a worker that this run holds');
+    // Until it is noticed that Redis lost its last second, control and claims are older than the run knows.
+    if (!this.#unnoticed) {
+      assert.equal(parseJobId(job.id)!.epoch, this.#control!.epoch, 'a job is of the epoch that the control tells');
+      assert.equal(this.#control!.command, 'run', 'no job is added under a control that stops it');
+      if (job.worker !== null) assert.equal(this.#claims.get(job.worker), 'sim.1', 'a job goes to a worker that this run holds');
+    }
     if (this.#jobs.has(keyOf(job))) return;
     const added: SimJob = { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], copied: false, parent, children };
     this.#jobs.set(keyOf(job), added);

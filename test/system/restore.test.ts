@@ -141,6 +141,22 @@ describe('orchestrator: what Redis lost', function () {
     expect(alarms.map(({ what }) => what)).to.deep.equal(['step 7 computed again']);
   });
 
+  it('a run that was rolled back is rebuilt on the branch that it is on', () => {
+    const directory = directoryOf('branched');
+    mkdirSync(join(directory, 'checkpoints'), { recursive: true });
+    writeFileSync(join(directory, 'spec.json'), JSON.stringify(cluster.checked('branched')));
+    for (const name of ['step-4', 'step-6', 'step-6-branch-1', 'step-8']) mkdirSync(join(directory, 'checkpoints', name));
+    const step = (at: number): object => ({ ...expectedReport(cluster.checked('branched'), at), tokensPerSecond: 1, epoch: 2, atMs: at });
+    const rollback = { type: 'rollback', atMs: 9, branch: 1, fromStep: 8, toStep: 4, epoch: 3, loss: 9, threshold: 2 };
+    const lines = [...[1, 2, 3, 4, 5, 6, 7, 8].map(step), rollback, ...[5, 6, 7].map(step)];
+    writeFileSync(join(directory, 'metrics.jsonl'), lines.map((line) => `${JSON.stringify(line)}\n`).join(''));
+    const { record } = rebuild(directory);
+    expect(record).to.include({ phase: 'queued', step: 7 });
+    expect(record.epoch).to.be.above(3);
+    expect(record.rollbacks).to.have.length(1);
+    expect(record.checkpoint).to.deep.equal({ directory: join(directory, 'checkpoints', 'step-6-branch-1'), step: 6 });
+  });
+
   it('no worker is told an epoch above the one on the disk', async () => {
     await cluster.orchestrate();
     const epochs: [told: number, kept: number][] = [];

@@ -561,6 +561,15 @@ describe('run machine: a share of the workers', () => {
     expect(released(table)).to.deep.equal(['a']);
   });
 
+  it('a run that was paused without a worker asks nothing of the one that it gave up', () => {
+    const table = new Table({ parallelism: 2 }, ['a', 'b']);
+    given(table).completeReduce('a');
+    expect(released(table)).to.have.members(['a', 'b']);
+    table.tell({ type: 'wish', wish: 'pause' });
+    expect(table.state.phase).to.equal('paused');
+    expect(table.added.map(({ name }) => name)).not.to.include('checkpoint');
+  });
+
   it('a flow goes on with fewer from its next step on, and waits for who is not released yet', () => {
     const table = given(new Table({ parallelism: 2 }, ['a', 'b']), 'b');
     expect(released(table)).to.deep.equal([]);

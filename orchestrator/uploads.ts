@@ -62,7 +62,7 @@ export class Uploads {
     const known = this.#uploads.get(key);
     if (known !== undefined) return this.#stateOf(key, known);
     this.#expire(dirname(target));
-    if (this.#uploads.size >= MOST) throw new NnError('STORE_UNAVAILABLE', `${MOST} checkpoints are being delivered already; try again later`);
+    if (this.#uploads.size >= MOST) this.#forgetOne();
     const directory = join(dirname(target), `.${name}.${id}.upload`);
     const wanted = new Map(Object.entries(manifest.files).map(([, { sha256, bytes }]) => [sha256, bytes]));
     const { step } = parseCheckpointName(name)!;
@@ -74,6 +74,13 @@ export class Uploads {
       if (found !== step) throw new NnError('CHECKPOINT_INVALID', `${target}: holds step ${found}`, { path: target });
     }, false);
     return { upload: id, state: upload.state };
+  }
+
+  /** The oldest delivery that nobody works on is forgotten; what has come of it stays, and its sender begins it again. Throws STORE_UNAVAILABLE. */
+  #forgetOne(): void {
+    const idle = [...this.#uploads].find(([, { writers, state }]) => writers.size === 0 && state !== 'verifying');
+    if (idle === undefined) throw new NnError('STORE_UNAVAILABLE', `${MOST} checkpoints are being delivered already; try again later`);
+    this.#uploads.delete(idle[0]);
   }
 
   /** Bytes of a file that are here. Throws STORE_UNAVAILABLE for a delivery that was not begun here. */

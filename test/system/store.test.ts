@@ -210,6 +210,17 @@ describe('the store', function () {
     expect((await verifyCheckpoint(join(checkpoints, 'step-8'))).step).to.equal(8);
   });
 
+  it('deliveries that nobody carries on do not keep others out', async () => {
+    const { path, manifest } = await made('made-9', 9, 0.3);
+    const begin = (step: number): Promise<Response> =>
+      fetch(`${server.url}/store/runs/one/step-${step}/upload`, {
+        method: 'PUT', headers: { 'content-type': 'application/json', authorization: `Bearer ${TOKEN}` }, body: JSON.stringify({ epoch: 3, manifest }),
+      });
+    for (let step = 100; step < 170; step++) expect((await begin(step)).status).to.equal(200);
+    await store.deliver('one', 'step-9', 3, path, manifest);
+    expect((await verifyCheckpoint(join(config.runs, 'one', 'checkpoints', 'step-9'))).step).to.equal(9);
+  });
+
   it('takes no checkpoint of a job that was given up, nor of a run that is over, nor of another step', async () => {
     const { path, manifest } = await made('made-3', 3, 0.1);
     expect(await codeOf(store.deliver('one', 'step-3', 2, path, manifest))).to.equal('CANCELLED');

@@ -116,6 +116,8 @@ describe('faults: a full disk', function () {
       const run = await stack!.train(name, { ...SPEC, parallelism });
       for (const from of [12, 32]) {
         await stack!.reached(name, from);
+        // Steps do not wait for the files: on a slow machine the first checkpoint comes after them.
+        await until('a checkpoint to keep', async () => (await record(name)).checkpoint !== null);
         fill(filler);
         await until('the pause', async () => (await record(name)).phase === 'paused');
         const { checkpoint, faults, step } = await record(name);

@@ -189,7 +189,8 @@ describe('orchestrator: what Redis lost', function () {
       }
       const record = await run.wait();
       expectUndisturbed('second', record, changes);
-      expect(record.faultCounts['REDIS_LOST'], JSON.stringify(record.faultCounts)).to.be.at.least(2);
+      // A driver that is just taking the run up reads all anew, and has nothing to notice.
+      expect(record.faultCounts['REDIS_LOST'], JSON.stringify(record.faultCounts)).to.be.at.least(1);
     });
   }
 

@@ -219,6 +219,33 @@ describe('run machine: a rollback', () => {
     }
   });
 
+  it('has an epoch of its own as soon as it is written down, whatever Redis knows', () => {
+    const driver = beforeSpike();
+    const from = driver.effects.length;
+    driver.steps(LOSSES.slice(4));
+    const written = driver.effects.slice(from).findIndex((effect) => effect.type === 'metrics' && effect.line.type === 'rollback');
+    const first = beforeSpike();
+    first.life = written + 1;
+    first.steps(LOSSES.slice(4));
+    expect(linesOf(first.ground).at(-1)).to.equal('6 to 4');
+    expect(first.ground.control).to.include({ epoch: 0 });
+    expect(new Driver(first.ground).state).to.include({ epoch: 1, command: 'stop', step: 4 });
+  });
+
+  it('does not take a checkpoint of the branch before, which is still being written, for one of its own', () => {
+    const driver = beforeSpike().steps(LOSSES.slice(4)).steps([1, 1, 1, 1]);
+    const own = driver.last('checkpoint');
+    const progress = { worker: 'a', epoch: 0, step: 8, copied: true };
+    for (const rollbacks of [undefined, [{ fromStep: 6, toStep: 4 }]]) {
+      const next = new Driver(driver.ground);
+      next.tell({ type: 'workers', workers: next.workers });
+      const { rollbacks: _, ...data } = own.data as Record<string, unknown>;
+      const job = { queue: 'train', worker: 'a', id: 'r.0.checkpoint.8.0' } as const;
+      next.tell({ type: 'adopt', job, data: { ...data, ...(rollbacks === undefined ? {} : { rollbacks }) }, processedAtMs: 0, finished: false, progress, related: [] });
+      expect(next.state.saving?.step ?? null).to.equal(rollbacks === undefined ? null : 8);
+    }
+  });
+
   it('leaves no home to a replica of the branch before', () => {
     const driver = beforeSpike().steps(LOSSES.slice(4));
     driver.complete(driver.last('steps'), { worker: 'a', epoch: 1, fromStep: 4, stepsDone: 1, reports: [report(5, 1)], timings });

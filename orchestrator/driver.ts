@@ -25,6 +25,7 @@ import { UNWATCHED } from './loss-spike.ts';
 import { RunMetrics } from './metrics.ts';
 import { gradientBytes } from './plan.ts';
 import type { JobEvent, Queues } from './queues.ts';
+import { believe } from './recovery.ts';
 import { claimDirectory, readRecordFile, writeRecordFile } from './run-directory.ts';
 import { step } from './run-machine.ts';
 import { initialState, parseJobId, recordOf } from './run-state.ts';
@@ -44,6 +45,8 @@ export interface DriverContext {
   readonly exchange: ExchangeKeys;
   /** Calls back when the wish of the run may have changed; returns how to stop that. */
   readonly onWish: (run: string, heard: () => void) => () => void;
+  /** Names the process of Redis that answers; the empty string when it does not say. */
+  readonly server: () => string;
   /** Calls back when another process of Redis answers than before: it may have lost the last writes. */
   readonly onRestart: (heard: () => void) => () => void;
   /** Calls with what goes wrong around all runs, now and later; returns how to stop that. */
@@ -83,6 +86,9 @@ export class Driver {
   #lastWord: RunEvent | null = null;
   #recordDirty = false;
   #recordWriting: Promise<void> | null = null;
+  /** The process of Redis that the run was made right with, and the one that its record names. */
+  #server = '';
+  #serverNoted = '';
   /** Of record.json; no worker is told a later one before it lies there. */
   #epochOnDisk = -1;
   /** Files whose lines wait for room on the disk. */
@@ -114,7 +120,7 @@ export class Driver {
       return null;
     });
     if (stored === null) return 'done';
-    const spoken = await store.own(this.#run, this.#token);
+    const before = await store.own(this.#run, this.#token);
     if (TERMINAL_PHASES.includes(stored.record.phase)) {
       await this.#eraseWork(stored.record.epoch, 0);
       await store.sweep(this.#run, this.#token);
@@ -124,10 +130,11 @@ export class Driver {
     this.#spec = parseRunSpec(stored.spec);
     const stops: (() => void)[] = [];
     try {
-      await this.#recover(spoken);
+      if (await this.#endsAgain(stored.record)) return 'done';
+      await this.#recover(before);
       stops.push(watch.listen(() => this.#hearWorkers()));
       stops.push(onWish(this.#run, () => void this.#readWish()));
-      stops.push(onRestart(() => this.#hear({ type: 'restarted' })));
+      stops.push(onRestart(() => this.#hearRestarted()));
       const timer = setInterval(() => this.#tick(), config.orchestrator.watchMs);
       stops.push(() => clearInterval(timer));
       const aborted = (): void => this.#end('handover');
@@ -152,25 +159,45 @@ export class Driver {
 
   // --- Beginning ----------------------------------------------------------------------------------------------------
 
-  /** `spoken`: the protocol of the driver before this one. */
-  async #recover(spoken: number): Promise<void> {
+  /** Whether the run is over by what its directory says, and Redis lost that: then its end is told again. A run that is queued was asked for anew. */
+  async #endsAgain(record: RunRecord): Promise<boolean> {
+    const { store } = this.#context;
+    const kept = readRecordFile(this.#directory);
+    if (kept === null || !TERMINAL_PHASES.includes(kept.phase) || record.phase === 'queued' || kept.epoch < record.epoch) return false;
+    this.#logger.warn({ phase: kept.phase }, 'Redis had lost the end of the run');
+    await store.deleteControl(this.#run, this.#token);
+    await store.close(this.#run, this.#token, kept, { type: 'phase', phase: kept.phase, atMs: kept.finishedAtMs ?? Date.now() });
+    await this.#eraseWork(kept.epoch, 0);
+    await store.leave(this.#run, this.#token);
+    return true;
+  }
+
+  /** `before`: what the driver before this one spoke, and to whom. */
+  async #recover(before: { readonly protocol: number; readonly server: string }): Promise<void> {
     const { store, config, exchange, watch, queues } = this.#context;
+    const server = this.#context.server();
     claimDirectory(this.#directory, this.#spec);
     const [stored, told] = await Promise.all([store.read(this.#run), store.readControl(this.#run)]);
     const kept = readRecordFile(this.#directory);
-    const lost = kept !== null && kept.epoch > Math.max(stored.record.epoch, told?.epoch ?? 0);
-    const foreign = spoken !== PROTOCOL;
-    // Redis lost its last writes: a worker may hold a job of any epoch up to the one on the disk. Jobs and gradients of another
-    // protocol are not believed either: the run goes on from its checkpoint.
-    const epochs = [stored.record.epoch, told?.epoch ?? 0, kept?.epoch ?? 0];
-    const record = lost || foreign ? { ...stored.record, epoch: Math.max(...epochs) + 1 } : stored.record;
-    const control = lost || foreign ? null : told;
+    const foreign = before.protocol !== PROTOCOL;
+    const restarted = before.server !== '' && server !== '' && before.server !== server;
+    const heard = { record: stored.record, control: told, kept };
+    const { lost } = believe({ ...heard, restarted });
+    // Jobs and gradients of another protocol are not believed either: the run goes on from its checkpoint.
+    const { record, control } = believe({ ...heard, restarted: restarted || foreign });
     if (foreign) {
       await queues.erase(this.#run, record.epoch, ERASE_WAIT_MS);
       await exchange.erase(this.#run, () => store.owns(this.#run, this.#token));
-      this.#logger.warn({ spoken, protocol: PROTOCOL }, 'the run was driven by a version of another protocol; it goes on from its checkpoint');
+      this.#logger.warn({ spoken: before.protocol, protocol: PROTOCOL }, 'the run was driven by a version of another protocol; it goes on from its checkpoint');
     }
     this.#epochOnDisk = kept?.epoch ?? -1;
+    // Redis is believed again once the new epoch is written down: whoever dies before that leaves the doubt to the next.
+    if (lost) {
+      await store.writeRecord(this.#run, this.#token, record);
+      this.#writeRecordFile(record);
+    }
+    this.#server = server;
+    await this.#noteServer();
     this.#metrics = new RunMetrics(this.#directory, Date.now(), this.#spec);
     this.#history = new History(this.#directory, this.#token);
     this.#faults = new FaultLog(this.#directory);
@@ -217,7 +244,8 @@ export class Driver {
     this.#hearWorkers();
     for (const { directory, error } of found.bad) this.#hear({ type: 'fault', what: `checkpoint ${directory}`, error });
     if (lost) {
-      const message = `Redis knows of epoch ${stored.record.epoch}, the run had come to ${kept.epoch}; its jobs are planned anew`;
+      const how = restarted ? 'Redis was started anew and may have lost its last writes' : `Redis knows of epoch ${stored.record.epoch}, the run had come to ${kept!.epoch}`;
+      const message = `${how}; what was under way is planned again`;
       this.#hear({ type: 'fault', what: 'Redis', error: { code: 'REDIS_LOST', message, context: {} } });
     }
     if (control !== null) await this.#adopt();
@@ -282,6 +310,11 @@ export class Driver {
     if (JSON.stringify(this.#sharing.look(this.#state)) !== this.#share) this.#hearWorkers();
     this.#hear({ type: 'tick' });
     void this.#readWish();
+  }
+
+  #hearRestarted(): void {
+    this.#hear({ type: 'restarted' });
+    this.#server = this.#context.server();
   }
 
   /** A wish counts once: what was wished before does not undo, later, a pause that the machine chose itself. */
@@ -429,6 +462,15 @@ export class Driver {
   async #writeControl(control: Control): Promise<void> {
     if (control.epoch > this.#epochOnDisk) await this.#keepRecord();
     await this.#context.store.writeControl(this.#run, this.#token, control);
+    if (control.epoch === this.#state.epoch) await this.#noteServer();
+  }
+
+  /** Under the epoch at hand whatever this Redis brought back is void. */
+  async #noteServer(): Promise<void> {
+    if (this.#serverNoted === this.#server) return;
+    const server = this.#server;
+    await this.#context.store.noteServer(this.#run, this.#token, server);
+    this.#serverNoted = server;
   }
 
   /** A disk that is full is a fault once; the lines wait in memory for room. */

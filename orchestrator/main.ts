@@ -78,6 +78,7 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
         if (wishes.get(run) === heard) wishes.delete(run);
       };
     },
+    server: () => server,
     onRestart: (heard) => {
       restarts.add(heard);
       return () => restarts.delete(heard);

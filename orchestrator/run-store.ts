@@ -21,7 +21,9 @@ const CREATE = `if redis.call('exists', KEYS[1]) == 1 then return 0 end
 redis.call('hset', KEYS[1], 'spec', ARGV[2], 'record', ARGV[3]) redis.call('sadd', KEYS[2], ARGV[1]) return 1`;
 /** Run hash must hold the driver's token; -1 when the run is gone, 0 when another driver has it. */
 const OWNED = `local owner = redis.call('hget', KEYS[1], 'driver') if owner ~= ARGV[1] then return 0 end `;
-const OWN = `local before = redis.call('hget', KEYS[1], 'protocol') redis.call('hset', KEYS[1], 'driver', ARGV[1], 'protocol', ARGV[2]) return tonumber(before or 1)`;
+const OWN = `local before = redis.call('hget', KEYS[1], 'protocol')
+redis.call('hset', KEYS[1], 'driver', ARGV[1], 'protocol', ARGV[2]) return {tonumber(before or 1), redis.call('hget', KEYS[1], 'server') or ''}`;
+const NOTE_SERVER = `${OWNED} redis.call('hset', KEYS[1], 'server', ARGV[2]) return 1`;
 const WRITE_RECORD = `${OWNED} redis.call('hset', KEYS[1], 'record', ARGV[2]) return 1`;
 const WRITE_CONTROL = `${OWNED} redis.call('set', KEYS[2], ARGV[2]) redis.call('publish', KEYS[3], ARGV[3]) return 1`;
 const DELETE_CONTROL = `${OWNED} redis.call('del', KEYS[2]) redis.call('publish', KEYS[3], ARGV[2]) return 1`;
@@ -109,9 +111,18 @@ export class RunStore {
     return text === null ? null : (JSON.parse(text) as Control);
   }
 
-  /** The run belongs to this driver from here on; whoever drove it before is fenced off. Returns the protocol that that one spoke. */
-  async own(run: string, token: string): Promise<number> {
-    return (await this.#redis.eval(OWN, 1, this.#names.run(run), token, PROTOCOL)) as number;
+  /**
+   * The run belongs to this driver from here on; whoever drove it before is fenced off. Returns the protocol that that one spoke, and
+   * the process of Redis that it spoke to, as noteServer has it; the empty string: it did not say.
+   */
+  async own(run: string, token: string): Promise<{ readonly protocol: number; readonly server: string }> {
+    const [protocol, server] = (await this.#redis.eval(OWN, 1, this.#names.run(run), token, PROTOCOL)) as [number, string];
+    return { protocol, server };
+  }
+
+  /** What this process of Redis says of the run is true, or was made void. Throws Fenced. */
+  async noteServer(run: string, token: string, server: string): Promise<void> {
+    this.#mustOwn(await this.#redis.eval(NOTE_SERVER, 1, this.#names.run(run), token, server));
   }
 
   /** Throws Fenced. */

@@ -5,7 +5,7 @@
  */
 import { rmSync } from 'node:fs';
 import type { RunSpecInput } from '../../config/run-spec.ts';
-import { generator } from '../sim/world.ts';
+import { generator } from '../sim/faults.ts';
 import { checkRun, readHistory } from '../support/history.ts';
 import type { HistoryVerdict } from '../support/history.ts';
 import { Stack, until } from '../support/stack.ts';

@@ -21,21 +21,14 @@ import type { HistoryLine } from '../../orchestrator/history.ts';
 import { countLines, presentBranch } from '../../orchestrator/metrics.ts';
 import type { EvalLine, RollbackLine, RunLine } from '../../orchestrator/metrics.ts';
 import type { CheckpointPlace, WorkerView } from '../../orchestrator/plan.ts';
+import { believe } from '../../orchestrator/recovery.ts';
 import { step as applyEvent } from '../../orchestrator/run-machine.ts';
 import { initialState, parseJobId, queuedRecord, recordOf } from '../../orchestrator/run-state.ts';
 import type { Effect, JobAddress, MachineEvent, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
+import type { Share } from '../../orchestrator/share.ts';
 import { Agenda } from './agenda.ts';
-
-/** mulberry32: small, seeded, good enough for choosing faults. */
-export function generator(seed: number): () => number {
-  let state = seed >>> 0;
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let word = Math.imul(state ^ (state >>> 15), 1 | state);
-    word = (word + Math.imul(word ^ (word >>> 7), 61 | word)) ^ word;
-    return ((word ^ (word >>> 14)) >>> 0) / 0x1_0000_0000;
-  };
-}
+import { chooseFaults, generator } from './faults.ts';
+import type { Faults } from './faults.ts';
 
 const mix = (state: number, step: number): number => (Math.imul(state ^ step, 0x9e3779b1) + step) >>> 0;
 const chain: number[] = [1];
@@ -62,6 +55,9 @@ interface SimWorker {
   /** The job on its compute thread, and the checkpoint whose files it writes beside it. */
   job: string | null;
   saving: string | null;
+  /** Of the jobs in its hands. */
+  readonly tokens: Set<number>;
+  draining: boolean;
   /** Whether it has the memory to copy a checkpoint's state. */
   copies: boolean;
   lastExit: ExitRecord | null;
@@ -78,18 +74,11 @@ interface SimJob extends NewJob {
   readonly parent: string | null;
   /** Keys of the jobs that it waits for. */
   readonly children: readonly string[];
+  /** Of its last taking: whoever took it before can change nothing of it. */
+  token: number;
 }
 
 const hasEnded = ({ state }: SimJob): boolean => state === 'completed' || state === 'failed';
-/** What Redis knew at a time. */
-interface Memory {
-  readonly atMs: number;
-  readonly control: Control | null;
-  readonly record: RunRecord;
-  readonly claims: readonly (readonly [worker: string, run: string])[];
-  readonly jobs: readonly (readonly [key: string, job: SimJob])[];
-}
-
 const keyOf = ({ worker, id }: JobAddress): string => `${worker ?? ''}/${id}`;
 
 interface SimOrigin {
@@ -107,41 +96,7 @@ interface AnyMessage extends SimOrigin {
   readonly shardCount: number;
   readonly directory: string;
   readonly replica?: SimOrigin;
-}
-
-/** How often what goes wrong; probabilities. */
-export interface Faults {
-  readonly drop: number;
-  readonly double: number;
-  readonly slowest: number;
-  readonly crash: number;
-  readonly orchestratorCrash: number;
-  readonly hide: number;
-  readonly loseGradient: number;
-  readonly damageCheckpoint: number;
-  readonly diskFull: number;
-  /** The run's share of the workers changes. */
-  readonly shares: number;
-  /** Redis is killed and comes back with what it knew up to a second before. */
-  readonly redis: number;
-  /** Longest time to write a checkpoint's files. */
-  readonly slowestDiskMs: number;
-  readonly wishes: boolean;
-  readonly cancel: boolean;
-}
-
-export const CALM: Faults = {
-  drop: 0, double: 0, slowest: 5, crash: 0, orchestratorCrash: 0, hide: 0, loseGradient: 0, damageCheckpoint: 0, diskFull: 0, shares: 0, redis: 0,
-  slowestDiskMs: 200,  wishes: false, cancel: false,
-};
-
-export function chooseFaults(random: () => number): Faults {
-  const some = (most: number): number => (random() < 0.5 ? 0 : random() * most);
-  return {
-    drop: some(0.2), double: some(0.3), slowest: random() < 0.5 ? 10 : 400, crash: some(0.06), orchestratorCrash: some(0.02), hide: some(0.04),
-    loseGradient: some(0.02), damageCheckpoint: some(0.2), shares: some(0.06), redis: some(0.02),
-    diskFull: random() < 0.2 ? random() * 0.5 : 0, slowestDiskMs: random() < 0.5 ? 40 : 2_000, wishes: random() < 0.3, cancel: random() < 0.05,
-  };
+  readonly spec: RunSpec;
 }
 
 /** From a generator of its own, so that other worlds stay as they are. */
@@ -162,11 +117,6 @@ const BASE = parseRunSpec({
 const STEP_MS = 20;
 /** As long as the lock of a job that its worker left lasts: the run must not wait for it. */
 const STALL_MS = 30_000;
-/**
- * When the lock of a job runs out that came back active, with nobody doing it. Sooner than in life: an orchestrator that starts
- * before anybody noticed that Redis lost something takes such a job up, and waits for that.
- */
-const ZOMBIE_MS = 3_000;
 /** Undisturbed, with a worker to be had, a run may be without news no longer. */
 const RECOVERY_MS = 6_000;
 /** Faults end some time before this, so that every run can end; often early, so that what they broke is not hidden by the next. */
@@ -182,18 +132,28 @@ export class World {
   now = 0;
   readonly #agenda = new Agenda();
   readonly workers: SimWorker[] = [];
-  readonly #claims = new Map<string, string>();
+  #claims = new Map<string, string>();
   /** By queue and id, as BullMQ has them. */
-  readonly #jobs = new Map<string, SimJob>();
+  #jobs = new Map<string, SimJob>();
+  #taken = 0;
   /** Those that wait for a worker, in the order in which they came. */
   readonly #waiting = new Set<SimJob>();
-  readonly #shards = new Map<string, { digest: string; from: number; worker: string; epoch: number }>();
+  #shards = new Map<string, { digest: string; from: number; worker: string; epoch: number }>();
   /** By branch and step: the state that it leads from, and that it leads to. */
-  readonly #sums = new Map<string, { from: number; to: number }>();
+  #sums = new Map<string, { from: number; to: number }>();
   #checkpoints: (CheckpointPlace & { readonly state: number })[] = [];
   readonly #damaged = new Set<string>();
   #control: Control | null = null;
   #record: RunRecord;
+  /** What record.json holds; it does not go the way of Redis. */
+  #recordFile: RunRecord | null = null;
+  #epochOnDisk = -1;
+  /** Redis lost its last second, and no orchestrator has heard of it yet. */
+  #redisLost = false;
+  /** The newest epoch that any control or job ever told, whatever Redis holds now. */
+  #epochTold = -1;
+  /** What each job that was ever added told its worker, by key. */
+  readonly #told = new Map<string, string>();
   /** What metrics.jsonl holds, and what of it counts. */
   readonly #lines: RunLine[] = [];
   readonly metrics: StepReport[] = [];
@@ -202,6 +162,8 @@ export class World {
   readonly history: HistoryLine[] = [];
   readonly #evals: EvalLine[] = [];
   #state: RunState | null = null;
+  /** What is this run's to use; null: all that there is. */
+  #share: Share | null = null;
   #generation = 0;
   /** Each is another object, so that the same wish twice is two wishes. */
   #wish: { readonly wish: 'pause' | 'resume' | 'cancel' } | null = null;
@@ -211,14 +173,6 @@ export class World {
   finished: RunRecord | null = null;
   /** When something last went wrong, changed, or was put right. */
   #disturbedMs = 0;
-  /** The workers that are this run's to use; null: nobody else wants any. */
-  #share: readonly string[] | null = null;
-  /** Of record.json: written before the workers are told. */
-  #epochOnDisk = 0;
-  /** Redis lost its last second, and the orchestrator has not heard of it. */
-  #unnoticed = false;
-  /** What Redis knew, oldest first, for a second. */
-  #memories: Memory[] = [];
   /** When the orchestrator last heard of work done in the current epoch. */
   #newsMs = 0;
 
@@ -267,7 +221,8 @@ export class World {
 
   #checkRecovery(): void {
     const state = this.#state;
-    const usable = this.workers.some((worker) => worker.alive && !worker.hidden && (this.#share?.includes(worker.id) ?? true) && (this.#claims.get(worker.id) ?? 'sim.1') === 'sim.1');
+    const ours = ({ id }: SimWorker): boolean => (this.#share?.workers.includes(id) ?? true) && (this.#claims.get(id) ?? 'sim.1') === 'sim.1';
+    const usable = this.workers.some((worker) => worker.alive && !worker.hidden && !worker.draining && ours(worker));
     if (state === null || state.phase !== 'running' || !usable) return this.#disturb();
     const sinceMs = this.now - Math.max(this.#disturbedMs, this.#newsMs);
     if (sinceMs >= RECOVERY_MS) assert.fail(`nothing was done for ${sinceMs} ms: ${JSON.stringify({ activity: state.activity, epoch: state.epoch, version: state.version })}`);
@@ -293,9 +248,10 @@ export class World {
   // --- Faults and users -----------------------------------------------------------------------------------------------
 
   #meddle(): void {
-    const { crash, orchestratorCrash, hide, wishes, cancel, loseGradient } = this.#faults;
+    const { crash, orchestratorCrash, hide, wishes, cancel, loseGradient, loseSecond, drain, share } = this.#faults;
     for (const worker of this.workers) {
       if (worker.alive && this.#chance(crash)) this.#crash(worker);
+      else if (worker.alive && !worker.draining && this.#chance(drain)) this.#drain(worker);
       else if (worker.alive && this.#chance(hide)) {
         worker.hidden = true;
         this.#note(`${worker.id} is not seen`);
@@ -314,9 +270,8 @@ export class World {
     if (this.#chance(loseGradient)) this.#lose(this.#shards);
     if (this.#chance(loseGradient / 4)) this.#lose(this.#sums);
     if (this.#chance(0.02)) this.#otherRun();
-    if (this.#chance(this.#faults.shares)) this.#reshare();
-    this.#remember();
-    if (this.#chance(this.#faults.redis)) this.#loseLastSecond();
+    if (this.#chance(loseSecond)) this.#loseSecond();
+    if (this.#chance(share)) this.#otherShare();
     if (wishes && this.#chance(0.03)) {
       this.#wish = { wish: 'pause' };
       this.#at(this.#pick(2_000), () => void (this.#wish = { wish: 'resume' }));
@@ -339,68 +294,75 @@ export class World {
     this.#at(this.#pick(3_000), () => this.#claims.get(worker.id) === 'other' && this.#claims.delete(worker.id));
   }
 
-  /** Other runs want workers, for a while. */
-  #reshare(): void {
-    const share = this.workers.filter(() => this.#random() < 0.5).map(({ id }) => id);
-    this.#share = share;
-    this.#note(`its share is ${share.join()}`);
+  /** SIGTERM: takes no more jobs, ends what is at hand, and another process comes in its place. */
+  #drain(worker: SimWorker): void {
+    this.#note(`${worker.id} drains`);
     this.#disturb();
-    this.#at(100 + this.#pick(3_000), () => {
-      if (this.#share !== share) return;
+    worker.draining = true;
+    const { incarnation } = worker;
+    const leave = (): void => {
+      if (!worker.alive || worker.incarnation !== incarnation) return;
+      if (worker.job !== null || worker.saving !== null) return this.#at(20, leave);
+      worker.alive = false;
+      worker.lastExit = null;
+      this.#return(worker);
+    };
+    this.#at(20, leave);
+  }
+
+  /** What is this run's to use becomes some of the workers, or none, for a while. */
+  #otherShare(): void {
+    const workers = this.workers.filter(() => this.#random() < 0.6).map(({ id }) => id).sort();
+    this.#note(`the share is ${workers.join(' ')}`);
+    this.#disturb();
+    this.#share = { workers, reason: 'another run' };
+    this.#at(this.#pick(2_000), () => {
       this.#share = null;
       this.#disturb();
     });
   }
 
-  #remember(): void {
-    if (this.#faults.redis === 0) return;
-    const jobs = [...this.#jobs].map(([key, job]) => [key, { ...job, progress: [...job.progress] }] as [string, SimJob]);
-    this.#memories.push({ atMs: this.now, control: this.#control, record: this.#record, claims: [...this.#claims], jobs });
-    this.#memories = this.#memories.filter(({ atMs }) => atMs >= this.now - 1_000);
-  }
-
-  /** What workers do goes on; their results of jobs that Redis forgot are lost, and jobs that had ended may come back. */
-  #loseLastSecond(): void {
-    const memory = this.#memories[this.#pick(this.#memories.length)]!;
-    this.#note(`Redis is as it was ${(this.now - memory.atMs).toFixed(0)} ms ago`);
-    this.#disturb();
-    this.#memories = [];
-    this.#unnoticed = true;
-    this.#control = memory.control;
-    this.#record = memory.record;
-    this.#claims.clear();
-    for (const [worker, run] of memory.claims) {
-      this.#claims.set(worker, run);
-      // The other run knows no better, and lets go in time.
-      if (run === 'other') this.#at(this.#pick(3_000), () => this.#claims.get(worker) === 'other' && this.#claims.delete(worker));
-    }
-    this.#jobs.clear();
-    this.#waiting.clear();
-    for (const [key, job] of memory.jobs) {
-      this.#jobs.set(key, job);
-      if (job.state === 'waiting') this.#wait(job);
-      if (job.state !== 'active') continue;
-      this.#at(ZOMBIE_MS, () => {
-        if (job.state === 'active') this.#wait(job);
+  /** Remembers what Redis holds, and up to a second later puts it back, whoever has seen what came since. */
+  #loseSecond(): void {
+    const jobs = [...this.#jobs].map(([key, job]): [string, SimJob] => [key, { ...job, progress: [...job.progress] }]);
+    const [control, record, wish] = [this.#control, this.#record, this.#wish];
+    const [claims, shards, sums] = [new Map(this.#claims), new Map(this.#shards), new Map(this.#sums)];
+    this.#at(this.#pick(1_000), () => {
+      this.#note(`Redis loses what came since ${this.now.toFixed(0)}`);
+      this.#disturb();
+      this.#control = control;
+      this.#record = record;
+      this.#wish = wish;
+      this.#claims = claims;
+      for (const [id, run] of claims) if (run === 'other') this.#at(this.#pick(1_000), () => this.#claims.get(id) === 'other' && this.#claims.delete(id));
+      this.#jobs = new Map(jobs);
+      this.#waiting.clear();
+      for (const job of this.#jobs.values()) {
+        if (job.state === 'waiting') this.#waiting.add(job);
+        else if (job.state === 'active' && this.workers.every(({ tokens }) => !tokens.has(job.token))) this.#stall(job);
+      }
+      // The exchange may be another server, which was not killed, or which keeps nothing.
+      const fate = this.#pick(3);
+      if (fate === 0) [this.#shards, this.#sums] = [shards, sums];
+      if (fate === 1) [this.#shards, this.#sums] = [new Map(), new Map()];
+      // Whoever wished something and does not see it come about wishes again.
+      this.#at(2_000, () => void (this.#wish = { wish: 'resume' }));
+      this.#redisLost = true;
+      if (this.#random() < 0.5) return this.#state === null ? undefined : this.#crashOrchestrator();
+      this.#at(this.#pick(100), () => {
+        if (this.#state === null) return;
+        this.#hearWorkers();
+        this.#redisLost = false;
+        this.#hear({ type: 'restarted' });
       });
-    }
-    // Who asked for something in that second asks again.
-    if (this.#faults.wishes) this.#at(1_000 + this.#pick(1_000), () => void (this.#wish = { wish: 'resume' }));
-    const generation = this.#generation;
-    this.#at(this.#random() * 300, () => {
-      if (generation !== this.#generation || this.#state === null) return;
-      this.#hear(this.#workersEvent());
-      this.#unnoticed = false;
-      this.#hear({ type: 'restarted' });
     });
   }
 
-  #workersEvent(): Heard {
-    return { type: 'workers', workers: this.#views(), ...(this.#share === null ? {} : { share: { workers: this.#share, reason: 'shares' } }) };
-  }
-
   #join(id: string): SimWorker {
-    const worker = { id, incarnation: 0, alive: true, hidden: false, startedAtMs: this.now, replica: null, job: null, saving: null, copies: this.#random() < 0.8, lastExit: null };
+    const worker: SimWorker = {
+      id, incarnation: 0, alive: true, hidden: false, startedAtMs: this.now, replica: null, job: null, saving: null, tokens: new Set(), draining: false,
+      copies: this.#random() < 0.8, lastExit: null,
+    };
     this.workers.push(worker);
     return worker;
   }
@@ -413,14 +375,17 @@ export class World {
     worker.lastExit = { job: held[0]?.id ?? null, code: null, signal: 'SIGKILL', error: null, atMs: this.now };
     worker.job = null;
     worker.saving = null;
-    for (const job of held) {
-      this.#at(STALL_MS, () => {
-        if (job.state === 'active') this.#wait(job);
-      });
-    }
+    worker.tokens.clear();
+    for (const job of held) this.#stall(job);
+    this.#return(worker);
+  }
+
+  /** The next process under this name. */
+  #return(worker: SimWorker): void {
     this.#at(50 + this.#random() ** 3 * 4_000, () => {
       worker.alive = true;
       worker.hidden = false;
+      worker.draining = false;
       worker.incarnation++;
       this.#disturb();
       worker.startedAtMs = this.now;
@@ -442,18 +407,29 @@ export class World {
   #work(): void {
     if (this.#waiting.size === 0) return;
     for (const worker of this.workers) {
-      if (!worker.alive || worker.job !== null) continue;
+      if (!worker.alive || worker.job !== null || worker.draining) continue;
       for (const job of this.#waiting) {
         if ((job.worker !== null && job.worker !== worker.id) || !this.#ripe(job)) continue;
         if (job.name === 'checkpoint' && worker.saving !== null) continue;
         this.#waiting.delete(job);
         job.state = 'active';
+        job.token = ++this.#taken;
+        worker.tokens.add(job.token);
         job.processedAtMs = this.now;
         worker.job = keyOf(job);
         this.#begin(worker, job);
         break;
       }
     }
+  }
+
+  /** Nobody renews the lock of this job: it waits again when that is over. */
+  #stall(job: SimJob): void {
+    const { token } = job;
+    this.#at(STALL_MS, () => {
+      const now = this.#jobs.get(keyOf(job));
+      if (now?.state === 'active' && now.token === token) this.#wait(now);
+    });
   }
 
   #wait(job: SimJob): void {
@@ -469,6 +445,12 @@ export class World {
   #begin(worker: SimWorker, job: SimJob): void {
     const { incarnation } = worker;
     const key = keyOf(job);
+    const { token } = job;
+    /** The job as Redis has it, while it is this worker's. */
+    const mine = (): SimJob | null => {
+      const now = this.#jobs.get(key);
+      return now?.state === 'active' && now.token === token ? now : null;
+    };
     const present = (act: () => void) => (): void => {
       if (worker.alive && worker.incarnation === incarnation && worker.job === key) act();
     };
@@ -477,14 +459,18 @@ export class World {
     };
     const end = (result: unknown): void => {
       leave();
-      if (job.state !== 'active') return;
+      worker.tokens.delete(token);
+      const job = mine();
+      if (job === null) return;
       job.state = 'completed';
       job.result = result;
       this.#send({ type: 'completed', id: job.id, result });
     };
     const fail = (error: ErrorRecord): void => {
       leave();
-      if (job.state !== 'active') return;
+      worker.tokens.delete(token);
+      const job = mine();
+      if (job === null) return;
       if (error.code === 'GRADIENT_LOST' && ++job.attempts < 3) {
         return this.#wait(job);
       }
@@ -534,7 +520,7 @@ export class World {
         const reports: StepReport[] = [];
         const loop = (): void => {
           if (cancelled()) return fail({ code: 'CANCELLED', message: 'old epoch', context: {} });
-          if (reports.length === data.stepCount || this.#control!.command !== 'run') {
+          if (reports.length === data.stepCount || this.#control!.command !== 'run' || worker.draining) {
             return end({ worker: worker.id, epoch: data.epoch, fromStep: data.fromStep, stepsDone: reports.length, reports, timings });
           }
           this.#at(STEP_MS / 2 + this.#pick(STEP_MS), present(() => {
@@ -542,7 +528,7 @@ export class World {
             worker.replica = after(worker.replica!.state, report.step);
             reports.push(report);
             const progress = { worker: worker.id, epoch: data.epoch, report };
-            job.progress.push(progress);
+            mine()?.progress.push(progress);
             this.#send({ type: 'progress', id: job.id, data: progress });
             loop();
           }));
@@ -594,7 +580,8 @@ export class World {
           // Copied: it goes on to its end whatever the control says, unless the run is over.
           worker.job = null;
           worker.saving = key;
-          job.copied = true;
+          const now = mine();
+          if (now !== null) now.copied = true;
           this.#send({ type: 'progress', id: job.id, data: { worker: worker.id, epoch: data.epoch, step: data.step, copied: true } });
           this.#at(milliseconds, () => {
             if (!worker.alive || worker.incarnation !== incarnation || worker.saving !== key) return;
@@ -638,8 +625,8 @@ export class World {
   #views(): WorkerView[] {
     return this.workers
       .filter((worker) => worker.alive && !worker.hidden)
-      .map(({ id, incarnation, startedAtMs, replica, job, lastExit }) => ({
-        id, incarnation: `${id}-${incarnation}`, precisions: ['fp32'], state: job === null ? 'idle' : 'busy', startedAtMs, lastExit,
+      .map(({ id, incarnation, startedAtMs, replica, job, draining, lastExit }) => ({
+        id, incarnation: `${id}-${incarnation}`, precisions: ['fp32'], state: draining ? 'draining' : job === null ? 'idle' : 'busy', startedAtMs, lastExit,
         replica: replica === null ? null : replicaAt('sim.1', replica.step, replica.branch), heldBy: this.#claims.get(id) ?? null,
       }));
   }
@@ -652,16 +639,20 @@ export class World {
     let logThrough = good.at(-1)?.step ?? 0;
     while (logThrough < this.metrics.length && this.#sums.has(`${branchOf(this.rollbacks, logThrough + 1)}:${logThrough + 1}`)) logThrough++;
     const counted = this.#lines.length === 0 ? null : countLines(this.#lines, presentBranch(this.#lines, this.#evals), this.spec);
-    this.#unnoticed = false;
-    // As driver.ts does: an epoch on the disk that Redis does not know was lost there.
-    const lost = this.#epochOnDisk > Math.max(this.#record.epoch, this.#control?.epoch ?? 0);
-    const record = lost ? { ...this.#record, epoch: this.#epochOnDisk + 1 } : this.#record;
-    const control = lost ? null : this.#control;
+    const { record, control, lost } = believe({ record: this.#record, control: this.#control, kept: this.#recordFile, restarted: this.#redisLost });
+    if (this.#redisLost) assert(record.epoch > this.#epochTold, 'no worker saw the epoch that follows a loss');
+    this.#epochOnDisk = this.#recordFile?.epoch ?? -1;
+    if (lost) {
+      this.#record = record;
+      this.#keepFile(record);
+    }
+    this.#redisLost = false;
     this.#state = initialState(this.#settings, { record, control, counted, faults: null, checkpoints: good, logThrough });
     const { phase, epoch, step } = this.#state;
     this.history.push({ driver: `d${generation}`, type: 'taken', atMs: this.now, epoch, phase, step, checkpoint: good.at(-1)?.step ?? 0, branch: this.rollbacks.length });
-    this.#hear(this.#workersEvent());
+    this.#hearWorkers();
     if (control !== null) this.#adopt();
+    if (lost && this.#generation === generation) this.#hear({ type: 'fault', what: 'Redis', error: { code: 'REDIS_LOST', message: 'epoch', context: {} } });
     if (this.#generation === generation) this.#hear({ type: 'ready' });
     this.#look(generation, null);
   }
@@ -688,12 +679,16 @@ export class World {
   /** The orchestrator's timer: workers, wishes, clock. */
   #look(generation: number, before: { readonly wish: string } | null): void {
     if (this.#state === null || generation !== this.#generation) return;
-    this.#hear(this.#workersEvent());
+    this.#hearWorkers();
     const wish = this.#wish;
     if (wish !== null && wish !== before) this.#hear({ type: 'wish', wish: wish.wish });
     this.#hear({ type: 'tick' });
     if (this.finished === null) this.#checkRecovery();
     if (this.#state !== null) this.#at(100, () => this.#look(generation, wish));
+  }
+
+  #hearWorkers(): void {
+    this.#hear({ type: 'workers', workers: this.#views(), ...(this.#share === null ? {} : { share: this.#share }) });
   }
 
   #hear(event: Heard): void {
@@ -733,11 +728,14 @@ export class World {
   #perform(effect: Effect): void {
     switch (effect.type) {
       case 'control':
-        assert(this.#control === null || effect.control.epoch >= this.#control.epoch, 'the epoch of the control never falls');
-        assert(effect.control.epoch >= this.#epochOnDisk, 'no worker is told an epoch below one that others were told');
-        if (effect.control.epoch > this.#epochOnDisk && !TERMINAL_PHASES.includes(this.#state!.phase)) this.#record = recordOf(this.#state!);
-        this.#epochOnDisk = effect.control.epoch;
-        this.#control = effect.control;
+        assert(effect.control.epoch >= this.#epochTold, 'no epoch is told that is below one told before');
+        this.#epochTold = effect.control.epoch;
+        // The end of a run deletes it.
+        if (TERMINAL_PHASES.includes(this.#state!.phase)) this.#control = null;
+        else {
+          if (effect.control.epoch > this.#epochOnDisk) this.#keepRecord();
+          this.#control = effect.control;
+        }
         return;
       case 'add':
         return this.#add(effect.job, null);
@@ -798,8 +796,11 @@ export class World {
         if (effect.event.type === 'fault') {
           this.#note(`fault ${effect.event.what}: ${effect.event.error.code} ${effect.event.error.message}`);
           assert.notEqual(effect.event.error.code, 'REPLICA_DIVERGED', effect.event.error.message);
+        } else if (effect.event.type === 'checkpoint') {
+          this.#keepFile(recordOf(this.#state!));
         } else if (effect.event.type === 'phase') {
           this.#note(`phase ${effect.event.phase}`);
+          if (!TERMINAL_PHASES.includes(effect.event.phase)) this.#keepRecord();
           // Somebody makes room, and sees to it that the run goes on.
           if (effect.event.phase === 'paused') this.#at(this.#pick(2_000), () => void (this.#wish = { wish: 'resume' }));
         }
@@ -807,6 +808,19 @@ export class World {
       case 'finish':
         this.finished = recordOf(this.#state!);
     }
+  }
+
+  /** As the driver has it: in Redis and on the disk, if that has room. */
+  #keepRecord(): void {
+    this.#record = recordOf(this.#state!);
+    this.#keepFile(this.#record);
+  }
+
+  /** A disk that stays full through one loss of Redis after another is beyond what recovery reckons with. */
+  #keepFile(record: RunRecord): void {
+    if (record.epoch - this.#epochOnDisk < 50 && this.#chance(this.#faults.diskFull)) return;
+    this.#recordFile = record;
+    this.#epochOnDisk = record.epoch;
   }
 
   /** The checkpoints that the names of these rollbacks' branch lead to. */
@@ -827,14 +841,18 @@ export class World {
 
   #add(job: NewJob, parent: string | null, children: readonly string[] = []): void {
     if (this.#logs) this.#note(`add ${job.id} to ${job.worker ?? 'all'}`);
-    // Until it is noticed that Redis lost its last second, control and claims are older than the run knows.
-    if (!this.#unnoticed) {
-      assert.equal(parseJobId(job.id)!.epoch, this.#control!.epoch, 'a job is of the epoch that the control tells');
-      assert.equal(this.#control!.command, 'run', 'no job is added under a control that stops it');
+    assert.equal(parseJobId(job.id)!.epoch, this.#epochTold, 'a job is of the newest epoch that was told');
+    // What is added between a loss and the news of it is void by the epoch that follows.
+    if (!this.#redisLost) {
+      assert.deepEqual({ ...this.#control }, { epoch: this.#epochTold, command: 'run' }, 'no job is added under a control that stops it');
       if (job.worker !== null) assert.equal(this.#claims.get(job.worker), 'sim.1', 'a job goes to a worker that this run holds');
     }
+    const { checkpoint: _checkpoint, replica: _replica, spec: _spec, ...told } = job.data as AnyMessage;
+    const text = JSON.stringify(told);
+    assert.equal(this.#told.get(keyOf(job)) ?? text, text, 'one name of a job says one thing, whatever Redis forgot of it');
+    this.#told.set(keyOf(job), text);
     if (this.#jobs.has(keyOf(job))) return;
-    const added: SimJob = { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], copied: false, parent, children };
+    const added: SimJob = { ...job, state: 'waiting', processedAtMs: null, attempts: 0, result: null, error: null, progress: [], copied: false, parent, children, token: 0 };
     this.#jobs.set(keyOf(job), added);
     this.#wait(added);
   }

@@ -11,7 +11,7 @@ import { chaos, recoveries } from '../chaos/chaos.ts';
 import { KINDS, choose } from '../chaos/faults.ts';
 import { Place } from '../chaos/place.ts';
 import { reportOf, textOf } from '../chaos/report.ts';
-import { generator } from '../sim/world.ts';
+import { generator } from '../sim/faults.ts';
 import { QUICK, until } from '../support/stack.ts';
 
 describe('chaos', function () {

@@ -7,7 +7,7 @@ import { join } from 'node:path';
 import { expect } from 'chai';
 import { keys } from '../../config/keys.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
-import { generator } from '../sim/world.ts';
+import { generator } from '../sim/faults.ts';
 import { Stack, signal, until } from '../support/stack.ts';
 import { Trace, partialCheckpoints, processorMs } from '../support/trace.ts';
 

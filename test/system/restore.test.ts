@@ -5,6 +5,7 @@
 import { copyFileSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { expect } from 'chai';
+import { keys } from '../../config/keys.ts';
 import type { RunRecord } from '../../config/messages.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import type { Run } from '../../orchestrator/client.ts';
@@ -210,5 +211,48 @@ describe('orchestrator: what Redis lost', function () {
     expectUndisturbed('older', record, changes);
     expect(record.epoch).to.be.above(kept.epoch + 7);
     expect(record.faultCounts).to.deep.equal({ REDIS_LOST: 1 });
+  });
+
+  it('an orchestrator that starts on another process of Redis than the one before believes none of its jobs', async () => {
+    const orchestrator = await cluster.orchestrate();
+    await cluster.work('w1', { shardMs: 4 });
+    const changes = { steps: 50 };
+    const run = await cluster.client.train(cluster.spec('another', changes));
+    await stepReached(run, 15);
+    await orchestrator.stop();
+    cluster.orchestrators.length = 0;
+    const { epoch } = readRecordFile(directoryOf('another'))!;
+    await cluster.redis.kill();
+    await cluster.redis.start();
+    const next = await cluster.orchestrate();
+    await stepReached(run, 30);
+    // The Redis that it has made right is believed by whoever comes next.
+    await next.stop();
+    cluster.orchestrators.length = 0;
+    await cluster.orchestrate();
+    const record = await run.wait();
+    expectUndisturbed('another', record, changes);
+    expect(record.epoch).to.be.above(epoch + 100);
+    expect(record.faultCounts).to.deep.equal({ REDIS_LOST: 1 });
+  });
+
+  it('a run that was cancelled stays so when Redis loses that', async () => {
+    const orchestrator = await cluster.orchestrate();
+    await cluster.work('w1', { shardMs: 4 });
+    const run = await cluster.client.train(cluster.spec('over', { steps: 5_000 }));
+    await stepReached(run, 3);
+    const names = keys(cluster.config.redis.prefix);
+    const { queues } = cluster.redis;
+    const [record, control] = [await queues.call('HGET', names.run('over'), 'record'), await queues.call('GET', names.control('over'))];
+    await run.cancel();
+    await run.ended();
+    await orchestrator.stop();
+    cluster.orchestrators.length = 0;
+    await queues.call('HSET', names.run('over'), 'record', record as string);
+    await queues.call('SET', names.control('over'), control as string);
+    expect((await run.record()).phase).to.equal('running');
+    await cluster.orchestrate();
+    await until('cancelled again', async () => (await run.record()).phase === 'cancelled');
+    await until('no control', async () => (await queues.call('GET', names.control('over'))) === null);
   });
 });

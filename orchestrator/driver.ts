@@ -33,6 +33,7 @@ import type { Effect, JobAddress, MachineEvent, RunState } from './run-state.ts'
 import { Fenced } from './run-store.ts';
 import type { RunStore } from './run-store.ts';
 import { Sharing } from './sharing.ts';
+import { isTransient } from './transient.ts';
 import type { WorkerWatch } from './worker-watch.ts';
 
 /** What all drivers of an orchestrator share. */
@@ -591,12 +592,4 @@ export class Driver {
     this.#history?.close();
     this.#faults?.close();
   }
-}
-
-/** Redis is away, full, loading or read-only, or has yet to be told its users: another attempt may succeed. */
-function isTransient(error: unknown): boolean {
-  const { name, message } = error as Error;
-  if (name === 'MaxRetriesPerRequestError') return true;
-  if (name === 'ReplyError') return /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|NOAUTH|WRONGPASS|NOPERM)/.test(message);
-  return /Connection is closed|ECONN|EPIPE|ETIMEDOUT|ENOENT.*sock|Stream isn't writeable|Command timed out/.test(message);
 }

@@ -85,6 +85,8 @@ class Chaos {
   #current = '';
   #faultsEndMs = 0;
   #calm = false;
+  /** A run has ended otherwise than it must: no more faults. */
+  #broken = false;
 
   constructor(options: ChaosOptions, stack: Stack, place: Place) {
     this.#options = options;
@@ -106,8 +108,8 @@ class Chaos {
     const beganMs = Date.now();
     this.#faultsEndMs = beganMs + minutes * 60_000;
     const training = this.#trainOn(reference.weightsDigest!);
-    // Its failure is thrown below; here it only must not go unhandled while faults go on.
-    training.catch(() => undefined);
+    // Its failure is thrown below, when the fault at hand is over.
+    training.catch(() => (this.#broken = true));
     await this.#disturb();
     this.#calm = true;
     log(signal.aborted ? 'interrupted' : 'calm: the last run goes on to its end');
@@ -200,7 +202,7 @@ class Chaos {
     const random = generator(seed);
     const { worker, queue } = this.#stack.config;
     const target: Target = { stack: this.#stack, workers: this.#workers, run: () => this.#current, ownDisk: this.#ownDisk, sleep: (milliseconds) => this.#sleep(milliseconds) };
-    while (Date.now() < this.#faultsEndMs && !signal.aborted) {
+    while (Date.now() < this.#faultsEndMs && !signal.aborted && !this.#broken) {
       const fault = choose(random, { deadAfterMs: worker.deadAfterMs, lockDurationMs: queue.lockDurationMs });
       const beganMs = Date.now();
       this.#pausing = fault.kind === 'paused and resumed';

@@ -21,6 +21,7 @@ import type { RunSpec } from '../config/run-spec.ts';
 import { hostFreeBytes } from '../cuda/device.ts';
 import type { Device } from '../cuda/device.ts';
 import { CheckpointReader, writeCheckpoint } from '../data/checkpoint-files.ts';
+import { readManifest } from '../data/manifest.ts';
 import { evaluationBatches, stepTargetTokens, trainingBatch } from '../data/sampler.ts';
 import { TokenFile, requireVocabulary } from '../data/token-file.ts';
 import { commandFor } from './control.ts';
@@ -253,11 +254,15 @@ export class Replica {
 
   /**
    * Version `step` as a checkpoint. With `copy`, and memory for it, the state is copied off the training buffers for the writer
-   * thread; the copy stands until this is called again. Else the files are written here, and the device waits for the disk.
+   * thread; the copy stands until this is called again. Else the files are written here, and the device waits for the disk. A job
+   * that comes again when the replica has gone on, because Redis lost its end, is answered by what lies on the disk.
    */
   async checkpoint(message: Message<'checkpoint'>, { copy = false } = {}): Promise<CheckpointOutcome> {
     const startedAt = performance.now();
     const { step, epoch, directory } = message;
+    this.#enter(message);
+    const there = this.#step === step ? null : this.#bytesOnDisk(message);
+    if (there !== null) return { written: { worker: this.#worker, epoch, step, directory, bytes: there, milliseconds: performance.now() - startedAt } };
     await this.bringTo(step, message);
     const branch = this.#branch;
     const tokenizer = this.spec.data.tokenizer === undefined ? null : this.#places.of(this.spec.data.tokenizer);
@@ -276,6 +281,23 @@ export class Replica {
       },
     });
     return { written: { worker: this.#worker, epoch, step, directory, bytes, milliseconds: performance.now() - startedAt } };
+  }
+
+  /** Bytes of the checkpoint that a job asks for, where it lies there already, whole and of this run; else null. */
+  #bytesOnDisk({ step, directory }: Message<'checkpoint'>): number | null {
+    const place = this.#places.of(directory);
+    try {
+      const reader = CheckpointReader.open(place, { verify: true, check: () => this.#signals.check() });
+      const { state, hasTraining } = reader;
+      reader.close();
+      const { run, branch = 0 } = state?.run ?? {};
+      if (!hasTraining || state?.step !== step || run !== this.run || branch !== this.#branchOf(step)) return null;
+      return Object.values(readManifest(place)!.files).reduce((sum, { bytes }) => sum + bytes, 0);
+    } catch (error) {
+      const code = errorCode(error);
+      if (code === 'FILE_NOT_FOUND' || code === 'CHECKPOINT_INVALID') return null;
+      throw error;
+    }
   }
 
   /** Memory for a copy of the state: taken once; null while the host has not enough to spare. */

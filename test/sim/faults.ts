@@ -14,6 +14,23 @@ export function generator(seed: number): () => number {
   };
 }
 
+/** Work that ends the process of whoever begins it, so many times. */
+export interface Curse {
+  readonly name: 'steps' | 'shard' | 'reduce' | 'checkpoint' | 'eval' | 'digest';
+  readonly step: number;
+  readonly shard: number;
+  readonly times: number;
+}
+
+/** For a tenth of all worlds, which then are short of other deaths. From a generator of its own, so that other worlds stay as they are. */
+export function chooseCurse(seed: number, steps: number): Curse | null {
+  const random = generator(seed ^ 0xc0ffee);
+  const pick = (below: number): number => Math.floor(random() * below);
+  if (random() >= 0.1) return null;
+  const name = (['steps', 'shard', 'reduce', 'checkpoint', 'eval', 'digest'] as const)[pick(6)]!;
+  return { name, step: name === 'eval' ? pick(2) * steps : 1 + pick(steps), shard: pick(2), times: random() < 0.5 ? Infinity : 1 + pick(2) };
+}
+
 /** How often what goes wrong; probabilities. */
 export interface Faults {
   readonly drop: number;

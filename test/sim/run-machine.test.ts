@@ -69,5 +69,6 @@ describe('sim: the run machine keeps its promises', function () {
     expect(ends.epochs).to.be.above(SEEDS / 2);
     expect(ends.rollbacks).to.be.above(SEEDS / 4);
     expect(ends.failed).to.be.above(SEEDS / 50);
+    expect(ends.fatal).to.be.above(SEEDS / 200);
   });
 });

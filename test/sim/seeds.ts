@@ -7,7 +7,7 @@ import { expect } from 'chai';
 import { branchOf, checkpointName } from '../../config/branches.ts';
 import { checkHistory } from '../support/history.ts';
 import { outcomeOf } from './reference.ts';
-import { World } from './world.ts';
+import { MAX_KILLS, World } from './world.ts';
 
 /** Seeds from `first` to `last`. */
 export interface Seeds {
@@ -23,15 +23,18 @@ export interface Ends {
   readonly faults: number;
   readonly epochs: number;
   readonly rollbacks: number;
+  /** Runs whose work ended too many processes. */
+  readonly fatal: number;
   readonly failure: string | null;
 }
 
-export const NO_ENDS: Ends = { completed: 0, cancelled: 0, failed: 0, faults: 0, epochs: 0, rollbacks: 0, failure: null };
+export const NO_ENDS: Ends = { completed: 0, cancelled: 0, failed: 0, faults: 0, epochs: 0, rollbacks: 0, fatal: 0, failure: null };
 
 export function addEnds(a: Ends, b: Ends): Ends {
   const sum = (key: Exclude<keyof Ends, 'failure'>): number => a[key] + b[key];
   return {
-    completed: sum('completed'), cancelled: sum('cancelled'), failed: sum('failed'), faults: sum('faults'), epochs: sum('epochs'), rollbacks: sum('rollbacks'), failure: a.failure ?? b.failure,
+    completed: sum('completed'), cancelled: sum('cancelled'), failed: sum('failed'), faults: sum('faults'), epochs: sum('epochs'), rollbacks: sum('rollbacks'),
+    fatal: sum('fatal'), failure: a.failure ?? b.failure,
   };
 }
 
@@ -49,9 +52,14 @@ export function simulate(seed: number, log = false): World {
 }
 
 /** The end of the undisturbed run of the same spec, unless it was cancelled. */
-export function expectOutcome({ finished, metrics, spec, rollbacks }: World): void {
+export function expectOutcome({ finished, metrics, spec, rollbacks, curse, struck }: World): void {
   const { phase, error, step, weightsDigest, checkpoint } = finished!;
   if (phase === 'cancelled') return;
+  if (error?.code === 'JOB_FATAL') {
+    expect(struck, 'the same work ended so many processes').to.be.at.least(MAX_KILLS);
+    expect(Number(error.context['step']), error.message).to.be.at.most(curse!.step);
+    return;
+  }
   const wanted = outcomeOf(spec);
   expect({ phase, step, counted: metrics.length }).to.deep.equal({ phase: wanted.phase, step: wanted.step, counted: wanted.step });
   expect(rollbacks.map(({ fromStep, toStep }) => ({ fromStep, toStep }))).to.deep.equal(wanted.rollbacks);
@@ -79,8 +87,8 @@ export function simulateAll({ first, last }: Seeds): Ends {
   let ends = NO_ENDS;
   for (let seed = first; seed <= last && ends.failure === null; seed++) {
     try {
-      const { phase, faults, epoch, rollbacks } = simulate(seed).finished!;
-      ends = addEnds(ends, { ...NO_ENDS, [phase]: 1, faults: faults.length, epochs: epoch, rollbacks: rollbacks.length });
+      const { phase, faults, epoch, rollbacks, error } = simulate(seed).finished!;
+      ends = addEnds(ends, { ...NO_ENDS, [phase]: 1, faults: faults.length, epochs: epoch, rollbacks: rollbacks.length, fatal: error?.code === 'JOB_FATAL' ? 1 : 0 });
     } catch (error) {
       ends = { ...ends, failure: (error as Error).message };
     }

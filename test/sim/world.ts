@@ -27,8 +27,8 @@ import { initialState, parseJobId, queuedRecord, recordOf } from '../../orchestr
 import type { Effect, JobAddress, MachineEvent, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
 import type { Share } from '../../orchestrator/share.ts';
 import { Agenda } from './agenda.ts';
-import { chooseFaults, generator } from './faults.ts';
-import type { Faults } from './faults.ts';
+import { chooseCurse, chooseFaults, generator } from './faults.ts';
+import type { Curse, Faults } from './faults.ts';
 
 const mix = (state: number, step: number): number => (Math.imul(state ^ step, 0x9e3779b1) + step) >>> 0;
 const chain: number[] = [1];
@@ -114,6 +114,7 @@ const BASE = parseRunSpec({
   steps: 1,
   batch: { shards: 1, sequences: 1, sequenceLength: 4 },
 });
+export const MAX_KILLS = 3;
 const STEP_MS = 20;
 /** As long as the lock of a job that its worker left lasts: the run must not wait for it. */
 const STALL_MS = 30_000;
@@ -125,7 +126,7 @@ const GIVE_UP_MS = 200_000;
 
 export class World {
   readonly #random: () => number;
-  readonly #faults: Faults;
+  #faults: Faults;
   readonly #faultsEndMs: number;
   readonly spec: RunSpec;
   readonly #settings: RunSettings;
@@ -171,6 +172,9 @@ export class World {
   readonly log: string[] = [];
   readonly #logs: boolean;
   finished: RunRecord | null = null;
+  readonly curse: Curse | null;
+  /** Processes that it ended. */
+  struck = 0;
   /** When something last went wrong, changed, or was put right. */
   #disturbedMs = 0;
   /** When the orchestrator last heard of work done in the current epoch. */
@@ -193,8 +197,11 @@ export class World {
       compareDigestsEvery: this.#pick(6),
       lossSpike: { ...BASE.lossSpike, ...chooseSpikes(seed) },
     };
+    this.curse = faults === undefined ? chooseCurse(seed, this.spec.steps) : null;
+    if (this.curse !== null) this.#faults = { ...this.#faults, crash: 0 };
     this.#settings = {
-      run: 'sim.1', spec: this.spec, checkpointRoot: 'runs/sim.1/checkpoints', logSteps: 1 + this.#pick(12), maxReplans: 10_000, maxKills: 10_000, stepsPerJob: 1 + this.#pick(20),
+      run: 'sim.1', spec: this.spec, checkpointRoot: 'runs/sim.1/checkpoints', logSteps: 1 + this.#pick(12), maxReplans: 10_000,
+      maxKills: this.curse === null ? 10_000 : MAX_KILLS, stepsPerJob: 1 + this.#pick(20),
       lookupMs: 300, jobTimeoutMs: 2_000, backoffMs: 20, backoffMaximumMs: 500,
     };
     this.#record = queuedRecord('sim.1', this.spec, 0);
@@ -396,7 +403,7 @@ export class World {
   #crashOrchestrator(): void {
     this.#note('the orchestrator crashes');
     // A host takes all that runs on it along, and what restarts first finds the others gone, or new.
-    for (const worker of this.workers) if (worker.alive && this.#chance(0.2)) this.#at(this.#pick(2) * this.#pick(300), () => worker.alive && this.#crash(worker));
+    if (this.curse === null) for (const worker of this.workers) if (worker.alive && this.#chance(0.2)) this.#at(this.#pick(2) * this.#pick(300), () => worker.alive && this.#crash(worker));
     this.#state = null;
     this.#generation++;
     this.#at(this.#random() ** 3 * 3_000, () => this.#startOrchestrator());
@@ -421,6 +428,15 @@ export class World {
         break;
       }
     }
+  }
+
+  /** Whether this work ends the worker that begins it, which then is done. */
+  #strikes(worker: SimWorker, name: NewJob['name'], step: number, shard = 0): boolean {
+    const { curse } = this;
+    if (curse === null || curse.name !== name || curse.step !== step || this.struck >= curse.times || (name === 'shard' && curse.shard !== shard)) return false;
+    this.struck++;
+    this.#crash(worker);
+    return true;
   }
 
   /** Nobody renews the lock of this job: it waits again when that is over. */
@@ -512,6 +528,7 @@ export class World {
         this.#at(milliseconds, present(() => act(worker.replica!.state)));
       }));
     };
+    if (job.name !== 'steps' && this.#strikes(worker, job.name, origin.step, data.shard)) return;
     const timings = { computeMs: STEP_MS, exchangeMs: 0.001, waitMs: 0 };
     const after = (state: number, step: number): SimWorker['replica'] => ({ step, state: mix(state, dataStep(origin.rollbacks, step)), branch: branchOf(origin.rollbacks, step) });
     const exchanged = `${branchOf(origin.rollbacks, data.step)}:${data.step}`;
@@ -523,6 +540,7 @@ export class World {
           if (reports.length === data.stepCount || this.#control!.command !== 'run' || worker.draining) {
             return end({ worker: worker.id, epoch: data.epoch, fromStep: data.fromStep, stepsDone: reports.length, reports, timings });
           }
+          if (this.#strikes(worker, 'steps', data.fromStep + reports.length + 1)) return;
           this.#at(STEP_MS / 2 + this.#pick(STEP_MS), present(() => {
             const report = this.#report(data.fromStep + reports.length + 1, worker.replica!.state);
             worker.replica = after(worker.replica!.state, report.step);
@@ -565,7 +583,11 @@ export class World {
           worker.replica = after(state, data.step);
           end({ worker: worker.id, epoch: data.epoch, digest: hex(state, 99), key: `sum:${data.step}`, bytes: 10, report: this.#report(data.step, state), timings, shards });
         });
-      case 'checkpoint':
+      case 'checkpoint': {
+        const there = this.#checkpoints.find((each) => each.directory === data.directory);
+        if (there !== undefined && !this.#damaged.has(there.directory) && worker.replica?.step !== data.step) {
+          return this.#at(1, present(() => end({ worker: worker.id, epoch: data.epoch, step: data.step, directory: data.directory, bytes: 1, milliseconds: 1 })));
+        }
         return atVersion(data.step, 10, (state) => {
           assert.equal(state, chainAt(data.step, data.rollbacks));
           const written = (finish: typeof end): void => {
@@ -589,6 +611,7 @@ export class World {
             written(end);
           });
         });
+      }
       case 'eval':
         return atVersion(data.replica!.step, 5, (state) => {
           assert.equal(state, chainAt(data.replica!.step, origin.rollbacks));
@@ -649,6 +672,8 @@ export class World {
     this.#redisLost = false;
     this.#state = initialState(this.#settings, { record, control, counted, faults: null, checkpoints: good, logThrough });
     const { phase, epoch, step } = this.#state;
+    // It may have been paused without a word to anybody.
+    if (phase === 'paused') this.#at(this.#pick(2_000), () => void (this.#wish = { wish: 'resume' }));
     this.history.push({ driver: `d${generation}`, type: 'taken', atMs: this.now, epoch, phase, step, checkpoint: good.at(-1)?.step ?? 0, branch: this.rollbacks.length });
     this.#hearWorkers();
     if (control !== null) this.#adopt();

@@ -3,7 +3,7 @@
  * for exactly as long as a test wants: after the weights, before the optimizer state.
  */
 import { execFileSync } from 'node:child_process';
-import { closeSync, constants, existsSync, mkdirSync, openSync, readFileSync, readdirSync, writeFileSync, writeSync } from 'node:fs';
+import { appendFileSync, closeSync, constants, existsSync, mkdirSync, openSync, readFileSync, readdirSync, renameSync, statSync, writeFileSync, writeSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { expect } from 'chai';
 import type { Job, Queue, QueueEvents } from 'bullmq';
@@ -273,6 +273,27 @@ describe('checkpoints beside training', function () {
     } finally {
       execFileSync('umount', [mount]);
     }
+  });
+
+  it('a checkpoint that is asked for again when training has gone on is answered by what lies there; the replica is not moved', async () => {
+    const bench = await start();
+    const spec = await newSpec();
+    await steps(bench, spec, 0, 3);
+    const first = await saved(bench, await save(bench, spec, 3));
+    await steps(bench, spec, 3, 2);
+    const manifest = join(placeOf(spec, 3), 'manifest.json');
+    const { ino } = statSync(manifest);
+    const again = await saved(bench, await save(bench, spec, 3));
+    expect(again).to.deep.equal({ ...first, milliseconds: again.milliseconds });
+    expect(statSync(manifest).ino, 'it was not written again').to.equal(ino);
+    expect((await steps(bench, spec, 5, 1)).stepsDone, 'the replica was not moved').to.equal(1);
+    expect(bench.copied).to.have.length(1);
+    // What is damaged is no answer, and another version neither: both would have to be reached.
+    renameSync(placeOf(spec, 3), placeOf(spec, 2));
+    expect(await failed(bench, await save(bench, spec, 2))).to.include({ code: 'GRADIENT_LOST' });
+    renameSync(placeOf(spec, 2), placeOf(spec, 3));
+    appendFileSync(join(placeOf(spec, 3), 'config.json'), ' ');
+    expect(await failed(bench, await save(bench, spec, 3))).to.include({ code: 'GRADIENT_LOST' });
   });
 
   it('a worker without memory for a copy writes as it trains, in turn', async () => {

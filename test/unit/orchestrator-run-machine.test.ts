@@ -101,8 +101,7 @@ class Table {
     return this.tell({ type: 'completed', id: job.id, result });
   }
 
-  completeReduce(by = this.workers[0]!.id): this {
-    const { id, data } = this.last('reduce');
+  completeReduce(by = this.workers[0]!.id, { id, data } = this.last('reduce')): this {
     const { epoch, step: at, shardCount } = data as { epoch: number; step: number; shardCount: number };
     const shards = Array.from({ length: shardCount }, (_, shard) => ({ shard, worker: by, epoch, digest: hex(String(shard)) }));
     return this.tell({ type: 'completed', id, result: { worker: by, epoch, digest: hex('0'), key: 'k', bytes: 4, report: report(at), timings, shards } });
@@ -813,5 +812,42 @@ describe('run machine: the log of reduced gradients', () => {
     table.tell({ type: 'completed', id, result: { worker: 'a', epoch, step: 2, directory, bytes: 1, milliseconds: 1 } });
     expect(table.effects).to.deep.include({ type: 'trim', from: 0, through: 2 });
     expect(table.last('reduce').data).to.include({ step: 3 });
+  });
+});
+
+describe('run machine: what was given up, and what others rest on', () => {
+  it('a sum of an epoch that was given up does not count, though its step is the one at hand', () => {
+    const table = new Table({}, ['a', 'b']);
+    const old = table.last('reduce');
+    table.workers = [table.workers[0]!, worker('b', { incarnation: 'b-2', heldBy: 'r' })];
+    table.tell({ type: 'workers', workers: table.workers });
+    expect(table.last('reduce').data).to.include({ step: 1, epoch: table.state.epoch });
+    expect(table.last('reduce').id).not.to.equal(old.id);
+    expect(table.completeReduce('a', old).counted).to.deep.equal([]);
+    expect(table.completeReduce().counted).to.deep.equal([1]);
+  });
+
+  it('a checkpoint that is complete in the middle of a flow deletes nothing before its end', () => {
+    const table = new Table({ checkpoint: { every: 2, keep: 1 } }, ['a', 'b']);
+    const deletions = (): Effect[] => table.effects.filter(({ type }) => type === 'trim' || type === 'deleteCheckpoints');
+    table.completeReduce().completeReduce().copied();
+    expect(table.last('reduce').data).to.include({ step: 3 });
+    expect(table.saved().state.checkpoints).to.have.length(1);
+    expect(deletions()).to.deep.equal([]);
+    table.completeReduce();
+    expect(deletions()).to.deep.equal([{ type: 'trim', from: 0, through: 2 }]);
+  });
+
+  it('what is computed again, when home is lost while nothing is under way, has names of its own', () => {
+    const table = new Table({ parallelism: 1, steps: 2 }, ['a', 'b']);
+    const first = table.last('steps');
+    table.completeSteps(2);
+    for (let failures = 0; failures < 2; failures++) table.copied().fail(table.last('checkpoint'), 'TIMEOUT');
+    expect(table.state).to.include({ activity: null, saving: null, epoch: 0 });
+    table.workers = table.workers.filter(({ id }) => id !== first.worker);
+    table.tell({ type: 'workers', workers: table.workers });
+    expect(table.last('steps').data).to.include({ fromStep: 0, epoch: table.state.epoch });
+    expect(table.state.epoch).to.be.above(0);
+    expect(table.counted).to.deep.equal([1, 2]);
   });
 });

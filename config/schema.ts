@@ -77,6 +77,7 @@ const schema = {
   },
   orchestrator: {
     concurrency: knob('Runs driven at once', 'CUDA_NN_RUN_CONCURRENCY', 16, 1, 1024),
+    runLockMs: knob('A run whose orchestrator was not heard of for so long is given to another, milliseconds', 'CUDA_NN_RUN_LOCK_MS', 10_000, 500, 3_600_000),
     jobTimeoutMs: knob('A run with work queued and no worker or report for so long records NO_WORKER and waits on, milliseconds', 'CUDA_NN_JOB_TIMEOUT_MS', 60_000, 1_000, 86_400_000),
     maxReplans: knob('Times in a row that a run may give up its jobs and plan anew without a new step, before it fails', 'CUDA_NN_MAX_REPLANS', 20, 1, 10_000),
     maxKills: knob('Times that the same work may end its worker’s process before the run fails', 'CUDA_NN_MAX_KILLS', 3, 1, 1_000),

@@ -294,6 +294,8 @@ export class Queues {
    */
   serveRuns(drive: (run: string, signal: AbortSignal) => Promise<'done' | 'handover'>, onGone: (run: string) => void): { stop(): Promise<void> } {
     const { queue, orchestrator, redis } = this.#config;
+    // Nothing heavy runs beside it, so that its lock may be shorter than that of a job that computes.
+    const lockMs = Math.min(orchestrator.runLockMs, queue.lockDurationMs);
     const driving = new Map<string, AbortController>();
     let stopping = false;
     const worker = new Worker(
@@ -312,9 +314,9 @@ export class Queues {
         prefix: redis.prefix,
         skipVersionCheck: true,
         concurrency: orchestrator.concurrency,
-        lockDuration: queue.lockDurationMs,
-        lockRenewTime: Math.floor(queue.lockDurationMs / 3),
-        stalledInterval: queue.stalledIntervalMs,
+        lockDuration: lockMs,
+        lockRenewTime: Math.floor(lockMs / 3),
+        stalledInterval: Math.min(queue.stalledIntervalMs, Math.ceil(lockMs / 4)),
         maxStalledCount: RUNS_MAX_STALLED,
         drainDelay: 1,
         runRetryDelay: redis.retryMaximumMs,

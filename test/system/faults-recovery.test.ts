@@ -1,5 +1,5 @@
 /**
- * How soon a run goes on after the SIGKILL of a worker, with default settings: the time from the kill to the next step that
+ * How soon a run goes on after the SIGKILL of a worker or of its orchestrator, with default settings: the time from the kill to the next step that
  * counts, for a process that its supervisor starts again and for a host that is gone for good, both ways. `NN_RECOVERY_ROUNDS`
  * repeats each.
  */
@@ -9,6 +9,8 @@ import { Stack, signal, until } from '../support/stack.ts';
 
 const ROUNDS = Number(process.env['NN_RECOVERY_ROUNDS'] ?? 1);
 const BOUND_MS = 10_000;
+/** The lock of a run, two searches for lost locks, and recovery. */
+const TAKEOVER_MS = 20_000;
 
 describe('faults: recovery with default settings', function () {
   this.timeout(60_000 + ROUNDS * 60_000);
@@ -54,4 +56,21 @@ describe('faults: recovery with default settings', function () {
       await Promise.all(hosts.map((host) => stack.leave(host)));
     });
   }
+
+  it(`a step counts within ${TAKEOVER_MS / 1000} s of the SIGKILL of the orchestrator, by another one`, async () => {
+    const name = 'taken-over';
+    await stack.work(1, 'over');
+    const run = await stack.train(name, { steps: 100_000, parallelism: 1, evaluation: { every: 0, sequences: 8 }, checkpoint: { every: 50, keep: 2 } });
+    await stack.reached(name, 20);
+    const [driver] = stack.orchestrators;
+    await stack.orchestrate();
+    await driver!.kill();
+    const killedMs = Date.now();
+    await until('the next step', () => (counted(name).at(-1) ?? 0) > killedMs, 40_000, 50);
+    const tookMs = counted(name).find((atMs) => atMs > killedMs)! - killedMs;
+    process.stderr.write(`      orchestrator lost: ${(tookMs / 1000).toFixed(1)} s\n`);
+    expect(tookMs).to.be.below(TAKEOVER_MS);
+    await run.cancel();
+    await run.ended();
+  });
 });

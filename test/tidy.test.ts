@@ -123,6 +123,12 @@ describe('tidy', () => {
     expect(fillTables(read(TABLED_PAGE)) === read(TABLED_PAGE)).to.equal(true);
   });
 
+  it('the docs say of every error code what to do', () => {
+    const page = read(TABLED_PAGE);
+    const advice = page.slice(page.indexOf('\nWhat to do:\n'), page.indexOf('\n## Settings'));
+    expect(Object.keys(ERROR_KINDS).filter((code) => !new RegExp(`^- [^:]*\`${code}\``, 'm').test(advice))).to.deep.equal([]);
+  });
+
   it('every error code is raised somewhere, and met by a test', () => {
     const sources = written.filter((file) => !file.startsWith('test/') && file !== 'config/errors.ts').map(read).join('\n');
     const tests = written.filter((file) => file.startsWith('test/')).map(read).join('\n');

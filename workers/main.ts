@@ -5,7 +5,7 @@
  *
  *            fork                 ready
  *   (start) ------> starting ------------> serving        exit, not asked for: wait (backoff with jitter), then fork again
- *                      |                      |            exit with EXIT.refused: given up, because a restart cures nothing
+ *                      |                      |            exit with EXIT.refused before it ever served: given up
  *                      +------- exit ---------+            stop(): SIGTERM, and SIGKILL after drainMs
  */
 import { fork } from 'node:child_process';
@@ -129,6 +129,8 @@ class SupervisedWorker {
   #fault: ErrorRecord | null = null;
   /** Id of the job that the process holds. */
   #held: string | null = null;
+  /** Its settings were good once: what is refused later (a password that is not known yet, a GPU that is gone) may be cured. */
+  #served = false;
   #stderr: Buffer = Buffer.alloc(0);
   #lastExit: ExitRecord | null = null;
   #failures = 0;
@@ -223,6 +225,7 @@ class SupervisedWorker {
   #heard(message: WorkerMessage, pid: number): void {
     switch (message.type) {
       case 'ready':
+        this.#served = true;
         this.#resolveReady();
         this.#onEvent({ type: 'ready', id: this.id, pid, device: message.device });
         return;
@@ -242,7 +245,7 @@ class SupervisedWorker {
     this.#child = null;
     const error = this.#fault;
     const pid = child.pid ?? 0;
-    if (this.#stopping || code === EXIT.refused) {
+    if (this.#stopping || (code === EXIT.refused && !this.#served)) {
       this.#onEvent({ type: 'exited', id: this.id, pid, code, signal, error, restartInMs: null });
       const given = this.#stopping ? null : (error ?? { code: 'WORKER_LOST', message: `worker ${this.id} ended with code ${code}`, context: { worker: this.id } });
       if (given !== null) this.#rejectReady(fromErrorRecord(given));

@@ -44,6 +44,9 @@ const JOBS: Readonly<Record<ServedQueue, readonly JobTask[]>> = {
 /** Most seconds that a look into an empty queue waits there for a job before it is begun anew. */
 const DRAIN_DELAY_SECONDS = 5;
 
+/** Runs remembered whose clearing away was put off; the gradients of more would stay in the exchange. */
+const UNCLEARED_MOST = 64;
+
 /** Jobs that end early, or not at all, at the word of the control. A checkpoint is what a pause may wait for: it heeds only `drop`. */
 const STOPPABLE: readonly JobTask[] = ['steps', 'shard', 'reduce', 'digest', 'eval'];
 
@@ -104,6 +107,11 @@ export class Island {
   #givenUp = false;
   /** What is being cleared away of a run that is over. */
   #cleaning: Promise<void> = Promise.resolve();
+  /** Whether a run is being cleared away now, and whether a job waits for that. */
+  #clearing = false;
+  #awaited = false;
+  /** Runs that are over, and whose clearing away was put off for a job. */
+  readonly #uncleared = new Set<string>();
   /** The command of this process itself, beside that of the control. */
   #localCommand: Command = 'run';
   #controlCommand: Command = 'run';
@@ -233,6 +241,7 @@ export class Island {
 
   /** A task on the device, when its turn comes; null when it does not. */
   async #inTurn<Kind extends JobTask>(own: boolean, job: Job, task: TaskOf<Kind>): Promise<Outcome<Kind> | null> {
+    this.#putOffClearing();
     const leave = await this.#gate.enter(own ? Number.POSITIVE_INFINITY : this.#config.worker.patienceMs);
     if (leave === null) return null;
     try {
@@ -416,18 +425,33 @@ export class Island {
 
   /** Ends a turn on the device. Nobody waits for what is cleared away first, neither the job nor the heartbeat: the exchange may be away. */
   #clean(run: string, leave: Leave): void {
+    this.#clearing = true;
+    this.#awaited = false;
     this.#cleaning = this.#forgetIfOver(run)
       .catch((error: Error) => this.#options.log('debug', `clearing away run ${run}: ${error.message}`))
-      .finally(leave);
+      .finally(() => {
+        this.#clearing = false;
+        leave();
+      });
+  }
+
+  /** A job needs the device, and must not wait for an exchange that is away where no control reaches it. */
+  #putOffClearing(): void {
+    if (!this.#clearing) return;
+    this.#awaited = true;
+    this.#pool.signals.command = 'drop';
   }
 
   /** Deletes what a job may have put into the exchange after its run had been cleared away, and frees the run's replica. */
   async #forgetIfOver(run: string): Promise<void> {
+    this.#uncleared.delete(run);
     if ((await this.#control.read(run)) !== null) return;
     this.#background.forget();
-    this.#pool.signals.command = this.#givenUp ? 'drop' : 'run';
+    this.#pool.signals.command = this.#givenUp || this.#awaited ? 'drop' : 'run';
     const outcome = await this.#pool.run({ kind: 'forget', run });
-    if (!outcome.ok) this.#options.log('warn', `run ${run} could not be cleared away: ${outcome.error.message}`, outcome.error);
+    if (outcome.ok) return;
+    this.#options.log(this.#awaited ? 'debug' : 'warn', `run ${run} could not be cleared away: ${outcome.error.message}`, outcome.error);
+    if (this.#awaited && this.#uncleared.size < UNCLEARED_MOST) this.#uncleared.add(run);
   }
 
   /** One heartbeat; when the last one is still under way (Redis is away), none. */
@@ -463,12 +487,14 @@ export class Island {
     await this.#commands.hset(this.#names.workers, this.#options.id, JSON.stringify(record));
   }
 
-  /** An idle worker frees the replica of a run that is over. */
+  /** An idle worker frees the replica of a run that is over, and does what was put off. */
   async #releaseIfOver(): Promise<void> {
-    const { replica } = this.#pool;
-    if (replica === null || this.#gate.busy || this.#draining || (await this.#control.read(replica.run)) !== null) return;
+    const [putOff] = this.#uncleared;
+    const run = putOff ?? this.#pool.replica?.run;
+    if (run === undefined || this.#gate.busy || this.#draining) return;
+    if (putOff === undefined && (await this.#control.read(run)) !== null) return;
     const leave = await this.#gate.enter(0);
-    if (leave !== null) this.#clean(replica.run, leave);
+    if (leave !== null) this.#clean(run, leave);
   }
 }
 

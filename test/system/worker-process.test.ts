@@ -19,6 +19,7 @@ import type { RunSpec } from '../../config/run-spec.ts';
 import { trainTokenizer } from '../../data/tokenizer.ts';
 import { startSupervisor } from '../../workers/main.ts';
 import type { Supervisor, SupervisorEvent, SupervisorOptions } from '../../workers/main.ts';
+import { PASSWORD } from '../support/redis.ts';
 import { World, eventually, originOf } from './worker-helpers.ts';
 
 /** A model whose step takes seconds on one core. */
@@ -123,6 +124,16 @@ describe('worker processes', function () {
     expect(ready).to.include({ code: 'REDIS_POLICY' });
     expect(ended).to.include({ code: 'REDIS_POLICY' });
     expect(supervisor.workers()).to.deep.equal([]);
+  });
+
+  it('that served once are not given up: what is refused later may be cured', async () => {
+    const { ids } = await start();
+    const before = (await record(ids[0]!))!;
+    await world.redis.config('SET', 'requirepass', 'another');
+    process.kill(before.processId, 'SIGKILL');
+    await eventually('a process that is refused', () => (exits().some(({ error, restartInMs }) => error?.code === 'REDIS_AUTH' && restartInMs !== null) ? true : undefined));
+    await world.redis.config('SET', 'requirepass', PASSWORD);
+    await eventually('a new incarnation', async () => ((await record(ids[0]!))?.incarnation === before.incarnation ? undefined : true));
   });
 
   it('do steps, report each of them, and show the replica', async () => {

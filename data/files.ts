@@ -171,5 +171,24 @@ export function publish(temporary: string, path: string): void {
   forgetTemporary(temporary);
 }
 
+/** Writes a small file: complete or absent, synced before it has its name. Throws DISK_FULL, FILE_NOT_FOUND, DISK_FAULT. */
+export function writeWhole(path: string, bytes: Uint8Array): void {
+  const temporary = temporaryName(path);
+  try {
+    const descriptor = openSync(temporary, 'wx');
+    try {
+      writeAll(descriptor, bytes);
+      fsyncSync(descriptor);
+    } finally {
+      closeSync(descriptor);
+    }
+    publish(temporary, path);
+  } catch (error) {
+    rmSync(temporary, { force: true });
+    forgetTemporary(temporary);
+    throw fileError(error, path);
+  }
+}
+
 /** A name from a file, quoted and cut, so that whatever it holds an error stays one short line. */
 export const quote = (name: string): string => JSON.stringify(name.length > 120 ? `${name.slice(0, 117)}...` : name);

@@ -4,7 +4,7 @@
  * imports it. Called by prepare.ts, the CLI, and workers that generate.
  */
 import { createHash } from 'node:crypto';
-import { closeSync, fsyncSync, openSync, readFileSync, rmSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { dirname } from 'node:path';
 import { setImmediate } from 'node:timers/promises';
 import { Tokenizer as Library } from '@huggingface/tokenizers';
@@ -12,7 +12,7 @@ import { NnError } from '../config/errors.ts';
 import { SMALLEST_VOCABULARY, WordCounter, learnMerges } from './bpe-trainer.ts';
 import type { LearnedMerges } from './bpe-trainer.ts';
 import { WORD_PATTERN } from './byte-level.ts';
-import { fileError, forgetTemporary, onFile, publish, quote, removeAbandoned, temporaryName, writeAll } from './files.ts';
+import { onFile, quote, removeAbandoned, writeWhole } from './files.ts';
 import { SPECIAL_IDS, SPECIAL_TOKENS } from './special-tokens.ts';
 import { bytesOfRanges, listTexts, readPieces } from './text-input.ts';
 
@@ -101,26 +101,6 @@ export interface TrainedTokenizer {
   readonly digest: string;
 }
 
-/** Writes a whole file, complete or not at all. */
-function writeWhole(path: string, bytes: Uint8Array): void {
-  onFile(path, () => removeAbandoned(dirname(path)));
-  const temporary = temporaryName(path);
-  try {
-    const descriptor = openSync(temporary, 'wx');
-    try {
-      writeAll(descriptor, bytes);
-      fsyncSync(descriptor);
-    } finally {
-      closeSync(descriptor);
-    }
-    publish(temporary, path);
-  } catch (error) {
-    rmSync(temporary, { force: true });
-    forgetTemporary(temporary);
-    throw fileError(error, path);
-  }
-}
-
 /**
  * Trains a byte-level BPE tokenizer and writes it. The text is streamed; only word counts are in memory. The same text
  * gives the same file. Throws DATA_INVALID when the text is too small for the vocabulary (saying how many entries it could
@@ -158,6 +138,7 @@ export async function trainTokenizer(training: TokenizerTraining): Promise<Train
   }
   onProgress({ phase: 'merge', done: vocabSize, total: vocabSize });
   const bytes = encodeTokenizer(learned);
+  onFile(output, () => removeAbandoned(dirname(output)));
   writeWhole(output, bytes);
   return { path: output, vocabSize, merges: learned.merges.length, words: counter.counts.size, textBytes, digest: sha256(bytes) };
 }

@@ -5,13 +5,13 @@
  * record.json is written at every change of phase, at checkpoints, and before a new epoch is told to the workers: no worker
  * ever saw an epoch above the one that lies here.
  */
-import { closeSync, existsSync, fdatasyncSync, mkdirSync, openSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { NnError } from '../config/errors.ts';
 import type { RunRecord } from '../config/messages.ts';
 import { parseRunSpec } from '../config/run-spec.ts';
 import type { RunSpec } from '../config/run-spec.ts';
-import { fileError, forgetTemporary, onFile, publish, temporaryName, writeAll } from '../data/files.ts';
+import { onFile, writeWhole } from '../data/files.ts';
 import { readRecord } from './run-store.ts';
 
 const SPEC = 'spec.json';
@@ -21,7 +21,7 @@ const RECORD = 'record.json';
 export function claimDirectory(directory: string, spec: RunSpec): void {
   onFile(directory, () => mkdirSync(directory, { recursive: true }));
   const path = join(directory, SPEC);
-  if (!existsSync(path)) return writeWhole(path, spec);
+  if (!existsSync(path)) return writeJson(path, spec);
   if (canonical(readSpecFile(directory)) === canonical(spec)) return;
   throw new NnError('RUN_EXISTS', `${directory} holds a run of another spec; choose another name, or move the directory away`, { path: directory });
 }
@@ -42,7 +42,7 @@ export function readRecordFile(directory: string): RunRecord | null {
 export function writeRecordFile(directory: string, record: RunRecord): void {
   const path = join(directory, RECORD);
   if (existsSync(path) && (readJson(path, 'RUN_STATE') as RunRecord).epoch > record.epoch) return;
-  writeWhole(path, record);
+  writeJson(path, record);
 }
 
 function readJson(path: string, code: 'SPEC_INVALID' | 'RUN_STATE'): unknown {
@@ -60,21 +60,8 @@ const canonical = (spec: RunSpec): string =>
     typeof value === 'object' && value !== null && !Array.isArray(value) ? Object.fromEntries(Object.entries(value).sort(([a], [b]) => (a < b ? -1 : 1))) : value,
   );
 
-function writeWhole(path: string, value: object): void {
+/** JSON, complete or absent. Throws DISK_FULL, FILE_NOT_FOUND. */
+function writeJson(path: string, value: object): void {
   onFile(dirname(path), () => mkdirSync(dirname(path), { recursive: true }));
-  const temporary = temporaryName(path);
-  try {
-    const descriptor = openSync(temporary, 'wx');
-    try {
-      writeAll(descriptor, Buffer.from(`${JSON.stringify(value, null, 2)}\n`));
-      fdatasyncSync(descriptor);
-    } finally {
-      closeSync(descriptor);
-    }
-    publish(temporary, path);
-  } catch (error) {
-    rmSync(temporary, { force: true });
-    forgetTemporary(temporary);
-    throw fileError(error, path);
-  }
+  writeWhole(path, Buffer.from(`${JSON.stringify(value, null, 2)}\n`));
 }

@@ -54,10 +54,6 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap *
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(group)
       : "memory");
 }
-/* The box comes into the L2 cache only. */
-__device__ __forceinline__ void tensor_prefetch(const CUtensorMap *map, int column, int row, int group) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(column), "r"(row), "r"(group) : "memory");
-}
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -148,7 +148,7 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &tile, float
         }
       }
     }
-  } else if (EPILOGUE == SWIGLU) {
+  } else {
     const int left = (int)p.n - tile.n0;
 #pragma unroll
     for (int part = 0; part < BN / 128; part++) {
@@ -164,63 +164,6 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &tile, float
         const int g = gate + j * 4 + half * 2, u = up + j * 4 + half * 2;
         return pack_bf16(swiglu<bf16>(rounded<bf16>(d[g]), rounded<bf16>(d[u])), swiglu<bf16>(rounded<bf16>(d[g + 1]), rounded<bf16>(d[u + 1])));
       });
-    }
-  } else {
-    /* dh goes through the staging memory, 8 rows by 32 columns at a time, so that a lane has 8 neighbouring columns of one row:
-     * everything else is then loaded and stored in 16-byte pieces without any staging. */
-    constexpr int PITCH = 40; /* floats */
-    const int column = (lane & 3) * 8, left = (int)p.n - tile.n0 - column;
-    float *const put = (float *)staging + (lane >> 2) * PITCH + (lane & 3) * 2, *const get = (float *)staging + (lane >> 2) * PITCH + column;
-    const int64_t at = (row0 + (lane >> 2)) * 2 * p.n + tile.n0 + column, at_h = (row0 + (lane >> 2)) * p.n + tile.n0 + column;
-    float dots[2] = {0.0f, 0.0f}, weight[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) weight[half] = (lane >> 2) + half * 8 < rows ? p.slot_weight[row0 + (lane >> 2) + half * 8] : 0.0f;
-#pragma unroll
-    for (int part = 0; part < BN / 32; part++) {
-      uint4 gates[2], ups[2], hs[2];
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const bf16 *from = (const bf16 *)p.gate_up + at + half * 16 * p.n + part * 32;
-        const bool inside = (lane >> 2) + half * 8 < rows && part * 32 < left;
-        gates[half] = ups[half] = hs[half] = make_uint4(0, 0, 0, 0);
-        if (inside) {
-          gates[half] = *reinterpret_cast<const uint4 *>(from), ups[half] = *reinterpret_cast<const uint4 *>(from + p.n);
-          if (p.h) hs[half] = *reinterpret_cast<const uint4 *>((const bf16 *)p.h + at_h + half * 8 * p.n + part * 32);
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        __syncwarp();
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-          *reinterpret_cast<float2 *>(put + j * 8) = make_float2(d[part * 16 + j * 4 + half * 2], d[part * 16 + j * 4 + half * 2 + 1]);
-        __syncwarp();
-        uint32_t gate[4] = {gates[half].x, gates[half].y, gates[half].z, gates[half].w};
-        uint32_t up[4] = {ups[half].x, ups[half].y, ups[half].z, ups[half].w}, h[4] = {hs[half].x, hs[half].y, hs[half].z, hs[half].w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const float2 dh = *reinterpret_cast<const float2 *>(get + j * 2), g = unpack_bf16(gate[j]), u = unpack_bf16(up[j]);
-          const float sx = sigmoid<bf16>(g.x), sy = sigmoid<bf16>(g.y), wx = weight[half] * dh.x, wy = weight[half] * dh.y;
-          const float2 hv = unpack_bf16(p.h ? h[j] : pack_bf16(swiglu<bf16>(g.x, u.x), swiglu<bf16>(g.y, u.y)));
-          dots[half] += dh.x * hv.x + dh.y * hv.y;
-          h[j] = pack_bf16(weight[half] * hv.x, weight[half] * hv.y);
-          gate[j] = pack_bf16(wx * u.x * silu_derivative(g.x, sx), wy * u.y * silu_derivative(g.y, sy));
-          up[j] = pack_bf16(wx * g.x * sx, wy * g.y * sy);
-        }
-        if ((lane >> 2) + half * 8 < rows && part * 32 < left) {
-          bf16 *out = (bf16 *)p.c + at + half * 16 * p.n + part * 32;
-          *reinterpret_cast<uint4 *>(out) = make_uint4(gate[0], gate[1], gate[2], gate[3]);
-          *reinterpret_cast<uint4 *>(out + p.n) = make_uint4(up[0], up[1], up[2], up[3]);
-          *reinterpret_cast<uint4 *>((bf16 *)p.weighted_h + at_h + half * 8 * p.n + part * 32) = make_uint4(h[0], h[1], h[2], h[3]);
-        }
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      dots[half] += __shfl_xor_sync(0xffffffffu, dots[half], 1);
-      dots[half] += __shfl_xor_sync(0xffffffffu, dots[half], 2);
-      int row = (lane >> 2) + half * 8;
-      if ((lane & 3) == 0 && row < rows) p.row_dots[(row0 + row) * p.dot_parts + tile.n0 / BN] = dots[half];
     }
   }
 }
@@ -272,8 +215,7 @@ __global__ void __launch_bounds__(256)
 
 template <int BN, int STAGES, bool AMN, bool BMN, int GATHER, int EPILOGUE>
 __global__ void __launch_bounds__(THREADS, 1)
-    wgmma_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-                 const __grid_constant__ CUtensorMap map_gate_up, const __grid_constant__ CUtensorMap map_h, int packed,
+    wgmma_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, int packed,
                  const __grid_constant__ Product p) {
 #if NN_HOPPER
   constexpr int B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES, COLUMNS = EPILOGUE == SWIGLU ? BN / 2 : BN;
@@ -308,14 +250,6 @@ __global__ void __launch_bounds__(THREADS, 1)
       if (GATHER == GATHER_B) gatherer.tile(tile.n0, p.n, tile.k0, tile.k_end);
       const int shift = packed ? packed_start(p.offsets, tile.group) - (int)tile.k0 : 0;
       const int shift_a = packed == GATHER_A ? shift : 0, shift_b = packed == GATHER_B ? shift : 0;
-      if (EPILOGUE == SWIGLU_BACKWARD && threadIdx.x == 0) { /* what the epilogue will read comes into the L2 cache meanwhile */
-#pragma unroll
-        for (int column = 0; column < BN; column += 64) {
-          tensor_prefetch(&map_gate_up, tile.n0 + column, (int)tile.m0, 0);
-          tensor_prefetch(&map_gate_up, (int)p.n + tile.n0 + column, (int)tile.m0, 0);
-          if (p.h) tensor_prefetch(&map_h, tile.n0 + column, (int)tile.m0, 0);
-        }
-      }
       for (int64_t k = tile.k0; k < tile.k_end; k += BK) {
         const uint32_t stage_a = shared + stage * STAGE_BYTES, stage_b = stage_a + A_BYTES;
         barrier_wait(empty + 8 * stage, phase);
@@ -412,12 +346,7 @@ bool nn_tensor_map(CUtensorMap *map, const void *matrix, int64_t columns, int64_
 
 template <int BN, int STAGES, bool AMN, bool BMN, int GATHER, int EPILOGUE>
 static nn_status launch(nn_context *context, Product &p, int packed) {
-  CUtensorMap map_a = {}, map_b = {}, map_gate_up = {}, map_h = {};
-  if (EPILOGUE == SWIGLU_BACKWARD) {
-    p.dot_parts = (int)ceil_div(p.n, BN);
-    if (!nn_tensor_map(&map_gate_up, p.gate_up, 2 * p.n, p.m, 1, 2 * p.n, 0, BM) || (p.h && !nn_tensor_map(&map_h, p.h, p.n, p.m, 1, p.n, 0, BM)))
-      return NN_ERROR_UNSUPPORTED;
-  }
+  CUtensorMap map_a = {}, map_b = {};
   const bool batch = p.grouping == WHOLE && p.groups > 1, weights = batch || p.grouping == GROUP_ROWS;
   if (GATHER != GATHER_A && !nn_tensor_map(&map_a, p.a, AMN ? p.m : p.k, packed == GATHER_A ? p.a_row_count : AMN ? p.k : p.m, batch ? p.groups : 1, p.lda, p.a_stride, AMN ? 64 : BM))
     return NN_ERROR_UNSUPPORTED;
@@ -429,7 +358,7 @@ static nn_status launch(nn_context *context, Product &p, int packed) {
   auto kernel = wgmma_kernel<BN, STAGES, AMN, BMN, GATHER, EPILOGUE>;
   NN_CUDA(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   int64_t tiles = most_tiles<BM, EPILOGUE == SWIGLU ? BN / 2 : BN>(p), most = context->multiprocessors;
-  kernel<<<(unsigned)(tiles < most ? tiles : most), THREADS, bytes, context->stream>>>(map_a, map_b, map_gate_up, map_h, packed, p);
+  kernel<<<(unsigned)(tiles < most ? tiles : most), THREADS, bytes, context->stream>>>(map_a, map_b, packed, p);
   return NN_OK;
 }
 
@@ -440,7 +369,6 @@ static void pack(nn_context *context, Product &p, int *packed) {
   if (slots < PACK_ROWS) return;
   const int64_t count = depth ? ceil_div(slots, BK) * BK + (int64_t)BK * p.groups : slots;
   Scratch scratch(context);
-  if (p.row_dots) scratch.take<float>(p.m * most_dot_parts(p.n)); /* the caller's, at the start of the workspace */
   bf16 *rows = scratch.take<bf16>(count * width);
   if (!scratch.fits()) return;
   pack_kernel<<<(unsigned)ceil_div(count, 8), 256, 0, context->stream>>>(rows, (const bf16 *)(p.b_rows ? p.b : p.a), p.b_rows ? p.b_rows : p.a_rows,
@@ -464,18 +392,19 @@ nn_status nn_product_wgmma(nn_context *context, Product &p) {
     pack(context, p, &packed);
     return p.a_rows ? LAUNCH(false, false, GATHER_A, SWIGLU) : LAUNCH(false, false, GATHER_NONE, SWIGLU);
   }
-  if (p.epilogue == SWIGLU_BACKWARD) {
-    if (p.a_mn || !p.b_mn || !p.a_rows || !aligned16(p.weighted_h) || !aligned16(p.gate_up) || !aligned16(p.h)) return NN_ERROR_UNSUPPORTED;
-    pack(context, p, &packed);
-    return p.a_rows ? LAUNCH(false, true, GATHER_A, SWIGLU_BACKWARD) : LAUNCH(false, true, GATHER_NONE, SWIGLU_BACKWARD);
-  }
+  if (p.epilogue != STORE) return NN_ERROR_UNSUPPORTED;
   if (p.grouping == GROUP_DEPTH) { /* the gathered operand's zeros mask the depths of the next group */
     if (!p.a_mn || !p.b_mn || (p.a_rows == NULL) == (p.b_rows == NULL)) return NN_ERROR_UNSUPPORTED;
     pack(context, p, &packed);
     if (packed == GATHER_NONE) return p.a_rows ? LAUNCH(true, true, GATHER_A, STORE) : LAUNCH(true, true, GATHER_B, STORE);
     return LAUNCH(true, true, GATHER_NONE, STORE);
   }
-  if (p.a_rows || p.b_rows || (p.a_mn && !p.b_mn)) return NN_ERROR_UNSUPPORTED;
+  if (p.b_rows || (p.a_mn && (!p.b_mn || p.a_rows))) return NN_ERROR_UNSUPPORTED;
+  if (p.a_rows) {
+    if (p.grouping != GROUP_ROWS || !p.b_mn) return NN_ERROR_UNSUPPORTED;
+    pack(context, p, &packed);
+    if (p.a_rows) return LAUNCH(false, true, GATHER_A, STORE);
+  }
   if (p.a_mn) return LAUNCH(true, true, GATHER_NONE, STORE);
   return p.b_mn ? LAUNCH(false, true, GATHER_NONE, STORE) : LAUNCH(false, false, GATHER_NONE, STORE);
 }

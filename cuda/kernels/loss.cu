@@ -83,26 +83,45 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_kernel(float *loss,
 
 /* ---- kernels: aux loss --------------------------------------------------------------------------------------- */
 
-/* partial[block, e] = sum of probability[t, e] over the block's tokens; threads are (expert, lane of tokens). */
-__global__ void aux_partial_kernel(float *partial, const float *probability, int64_t T, int E, int64_t chunk) {
-  int64_t first = blockIdx.x * chunk, last = min(first + chunk, T);
-  for (int e = threadIdx.x; e < E; e += blockDim.x) {
-    float sum = 0.0f;
-    for (int64_t t = first; t < last; t++) sum += probability[t * E + e];
-    partial[(int64_t)blockIdx.x * E + e] = sum;
-  }
-}
+const int AUX_THREADS = 256, AUX_BLOCKS = 128;
 
-__global__ void aux_sum_kernel(float *aux, const float *partial, const int32_t *load, int blocks, int64_t T, int E, int K) {
-  __shared__ double shared[256];
-  double sum = 0.0;
-  for (int e = threadIdx.x; e < E; e += 256) {
-    double probability = 0.0;
-    for (int b = 0; b < blocks; b++) probability += (double)partial[(int64_t)b * E + e];
-    sum += (double)load[e] / ((double)T * K) * (probability / (double)T);
+/* partial[block, e] = sum of probability[t, e] over the block's tokens. E <= 256 experts side by side, as many lanes of tokens as the block has
+ * room for; the lanes are added in their order. */
+__global__ void __launch_bounds__(AUX_THREADS) aux_partial_kernel(float *partial, const float *probability, int64_t T, int E, int64_t chunk) {
+  __shared__ float shared[AUX_THREADS];
+  const int lanes = AUX_THREADS / E, lane = threadIdx.x / E, e = threadIdx.x - lane * E;
+  const int64_t first = blockIdx.x * chunk, last = min(first + chunk, T);
+  float sum = 0.0f;
+  if (lane < lanes) {
+#pragma unroll 4
+    for (int64_t t = first + lane; t < last; t += lanes) sum += probability[t * E + e];
   }
   shared[threadIdx.x] = sum;
-  for (int half = 128; half > 0; half >>= 1) {
+  __syncthreads();
+  if (lane > 0) return;
+  for (int i = 1; i < lanes; i++) sum += shared[i * E + e];
+  partial[(int64_t)blockIdx.x * E + e] = sum;
+}
+
+__global__ void __launch_bounds__(AUX_THREADS) aux_sum_kernel(float *aux, const float *partial, const int32_t *load, int blocks, int64_t T, int E, int K) {
+  __shared__ double shared[AUX_THREADS];
+  const int lanes = AUX_THREADS / E, lane = threadIdx.x / E, e = threadIdx.x - lane * E;
+  double sum = 0.0;
+  if (lane < lanes) {
+#pragma unroll 8
+    for (int b = lane; b < blocks; b += lanes) sum += (double)partial[(int64_t)b * E + e];
+  }
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (lane == 0) {
+    for (int i = 1; i < lanes; i++) sum += shared[i * E + e];
+    sum = (double)load[e] / ((double)T * K) * (sum / (double)T);
+  } else {
+    sum = 0.0;
+  }
+  __syncthreads();
+  shared[threadIdx.x] = sum;
+  for (int half = AUX_THREADS / 2; half > 0; half >>= 1) {
     __syncthreads();
     if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
   }
@@ -239,13 +258,14 @@ nn_status nn_aux_loss(nn_context *context, float *aux, const float *probability,
     NN_CUDA(context, cudaMemsetAsync(aux, 0, 4, context->stream));
     return NN_OK;
   }
-  int64_t chunk = 64, blocks = ceil_div(T, chunk);
-  if (blocks > 256) chunk = ceil_div(T, 256), blocks = ceil_div(T, chunk);
+  if (E > AUX_THREADS)
+    return nn_fail(context, NN_ERROR_UNSUPPORTED, "nn_aux_loss: %lld experts; the CUDA library takes up to %d", (long long)E, AUX_THREADS);
+  int64_t chunk = ceil_div(T, AUX_BLOCKS), blocks = ceil_div(T, chunk);
   Scratch scratch(context);
   float *partial = scratch.take<float>(blocks * E);
   NN_SCRATCH(context, scratch);
-  aux_partial_kernel<<<(unsigned)blocks, (unsigned)(E < 256 ? ceil_div(E, 32) * 32 : 256), 0, context->stream>>>(partial, probability, T, (int)E, chunk);
-  aux_sum_kernel<<<1, 256, 0, context->stream>>>(aux, partial, load, (int)blocks, T, (int)E, (int)K);
+  aux_partial_kernel<<<(unsigned)blocks, AUX_THREADS, 0, context->stream>>>(partial, probability, T, (int)E, chunk);
+  aux_sum_kernel<<<1, AUX_THREADS, 0, context->stream>>>(aux, partial, load, (int)blocks, T, (int)E, (int)K);
   NN_LEAVE(context);
 }
 

@@ -1,5 +1,5 @@
 /* rmsnorm.cu: root-mean-square norm, alone and fused with the residual addition, and the backwards. One warp a row: each row is
- * small enough that its second reading comes from the cache.
+ * small enough that its second reading comes from the cache, or, in the backward of bf16, that a warp holds it in registers.
  * Zhang and Sennrich, arXiv 1910.07467.
  */
 #include "common.cuh"
@@ -85,12 +85,86 @@ __global__ void rmsnorm_dweight_kernel(float *partial, const T *dy, const T *x, 
   }
 }
 
-__global__ void add_partials_kernel(float *out, const float *partial, int chunks, int H) {
-  int column = blockIdx.x * blockDim.x + threadIdx.x;
-  if (column >= H) return;
+const int HELD_PIECES = 4 /* of 8 columns a lane: rows of up to 1024 columns */, HELD_WARPS = 8;
+
+/* Keeps the compiler from holding the unpacked floats as well. */
+__device__ __forceinline__ void hold(uint4 &v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
+
+/* dx as above, and partial[block, h] = sum over the block's rows of dy * x * reciprocal, each row read once. A warp has `warp_rows` rows, one
+ * after the other; dx may be dy or dsum, because a row is held before it is written. */
+template <int PIECES, bool Residual>
+__global__ void __launch_bounds__(HELD_WARPS * 32, 2)
+    rmsnorm_backward_held_kernel(bf16 *dx, float *partial, const bf16 *dy, const bf16 *dsum, const bf16 *x, const float *reciprocal,
+                                 const bf16 *weight, int64_t rows, int64_t warp_rows, int H) {
+  __shared__ __align__(16) float shared[HELD_WARPS][PIECES * 256];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t first = ((int64_t)blockIdx.x * HELD_WARPS + warp) * warp_rows, last = min(first + warp_rows, rows);
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  uint4 w[PIECES];
+  float sums[PIECES][8] = {};
+#pragma unroll
+  for (int c = 0; c < PIECES; c++) w[c] = (c * 32 + lane) * 8 < H ? *reinterpret_cast<const uint4 *>(weight + (c * 32 + lane) * 8) : zero;
+  for (int64_t row = first; row < last; row++) {
+    uint4 a[PIECES], d[PIECES], s[PIECES];
+    const float r = reciprocal[row];
+    float dot = 0.0f;
+#pragma unroll
+    for (int c = 0; c < PIECES; c++) {
+      const int64_t at = row * H + (c * 32 + lane) * 8;
+      const bool inside = (c * 32 + lane) * 8 < H;
+      a[c] = inside ? *reinterpret_cast<const uint4 *>(x + at) : zero, d[c] = inside ? *reinterpret_cast<const uint4 *>(dy + at) : zero;
+      s[c] = Residual && inside ? *reinterpret_cast<const uint4 *>(dsum + at) : zero;
+    }
+#pragma unroll
+    for (int c = 0; c < PIECES; c++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float2 xs = unpack_bf16((&a[c].x)[j]), ds = unpack_bf16((&d[c].x)[j]), ws = unpack_bf16((&w[c].x)[j]);
+        const float low = ds.x * xs.x, high = ds.y * xs.y;
+        sums[c][2 * j] += low * r, sums[c][2 * j + 1] += high * r;
+        dot += low * ws.x;
+        dot += high * ws.y;
+      }
+    const float scale = warp_sum(dot) * r * r / (float)H;
+#pragma unroll
+    for (int c = 0; c < PIECES; c++) {
+      hold(a[c]), hold(d[c]), hold(w[c]);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float2 xs = unpack_bf16((&a[c].x)[j]), ds = unpack_bf16((&d[c].x)[j]), ws = unpack_bf16((&w[c].x)[j]), past = unpack_bf16((&s[c].x)[j]);
+        const float low = r * (ds.x * ws.x - xs.x * scale), high = r * (ds.y * ws.y - xs.y * scale);
+        (&d[c].x)[j] = Residual ? pack_bf16(past.x + low, past.y + high) : pack_bf16(low, high);
+      }
+      if ((c * 32 + lane) * 8 < H) *reinterpret_cast<uint4 *>(dx + row * H + (c * 32 + lane) * 8) = d[c];
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < PIECES; c++)
+#pragma unroll
+    for (int j = 0; j < 8; j += 4)
+      *reinterpret_cast<float4 *>(&shared[warp][(c * 32 + lane) * 8 + j]) = make_float4(sums[c][j], sums[c][j + 1], sums[c][j + 2], sums[c][j + 3]);
+  __syncthreads();
+  for (int column = threadIdx.x; column < H; column += HELD_WARPS * 32) {
+    float sum = shared[0][column];
+#pragma unroll
+    for (int i = 1; i < HELD_WARPS; i++) sum += shared[i][column];
+    partial[(int64_t)blockIdx.x * H + column] = sum;
+  }
+}
+
+/* out += the chunks' sums: 8 lanes of a column take every eighth chunk each, then they are added in their order. A block has 32 columns. */
+__global__ void __launch_bounds__(256) add_partials_kernel(float *out, const float *partial, int chunks, int H) {
+  __shared__ float shared[8][32];
+  const int column = blockIdx.x * 32 + (threadIdx.x & 31), row = threadIdx.x >> 5;
   float sum = 0.0f;
+  if (column < H) {
 #pragma unroll 8
-  for (int c = 0; c < chunks; c++) sum += partial[(int64_t)c * H + column];
+    for (int c = row; c < chunks; c += 8) sum += partial[(int64_t)c * H + column];
+  }
+  shared[row][threadIdx.x & 31] = sum;
+  __syncthreads();
+  if (row > 0 || column >= H) return;
+  for (int i = 1; i < 8; i++) sum += shared[i][threadIdx.x];
   out[column] += sum;
 }
 
@@ -113,27 +187,48 @@ static void run_forward(nn_context *context, void *sum, void *y, float *reciproc
                                                                                 (const T *)delta, (const T *)weight, rows, (int)H, epsilon);
 }
 
-static int64_t dweight_chunks(nn_context *context, int64_t rows) {
+const int64_t MOST_HELD_CHUNKS = 264; /* two blocks for each multiprocessor of an H200; workspace.cu knows it too */
+
+static int64_t dweight_chunks(int64_t rows, int64_t most) {
   int64_t chunks = ceil_div(rows, 64);
-  return chunks < 128 ? chunks : 128;
+  return chunks < most ? chunks : most;
+}
+
+/* The one-pass kernel for this row length. Blocks of 64 rows at least, and no more of them than the workspace has room for. */
+template <bool Residual>
+static void run_held(nn_context *context, bf16 *dx, float *dweight, float *partial, const bf16 *dy, const bf16 *dsum, const bf16 *x,
+                     const float *reciprocal, const bf16 *weight, int64_t rows, int64_t H, int64_t chunks) {
+  const int64_t warp_rows = ceil_div(rows, chunks * HELD_WARPS);
+  const unsigned blocks = (unsigned)ceil_div(rows, warp_rows * HELD_WARPS);
+  auto kernel = H <= 256 ? rmsnorm_backward_held_kernel<1, Residual>
+                : H <= 512 ? rmsnorm_backward_held_kernel<2, Residual>
+                : H <= 768 ? rmsnorm_backward_held_kernel<3, Residual> : rmsnorm_backward_held_kernel<HELD_PIECES, Residual>;
+  kernel<<<blocks, HELD_WARPS * 32, 0, context->stream>>>(dx, partial, dy, dsum, x, reciprocal, weight, rows, warp_rows, (int)H);
+  add_partials_kernel<<<(unsigned)ceil_div(H, 32), 256, 0, context->stream>>>(dweight, partial, (int)blocks, (int)H);
 }
 
 template <typename T, bool Residual>
 static nn_status run_backward(nn_context *context, void *dx, float *dweight, const void *dy, const void *dsum, const void *x,
                               const float *reciprocal, const void *weight, int64_t rows, int64_t H, const char *where) {
-  int64_t chunks = dweight_chunks(context, rows), chunk_rows = ceil_div(rows, chunks);
+  const int N = 16 / sizeof(T);
+  const bool packs = packs16(H, sizeof(T), dx, dy, dsum, x, weight), holds = packs && sizeof(T) == 2 && H <= HELD_PIECES * 256;
+  int64_t chunks = dweight_chunks(rows, holds ? MOST_HELD_CHUNKS : 128), chunk_rows = ceil_div(rows, chunks);
   Scratch scratch(context);
   float *partial = scratch.take<float>(chunks * H);
   if (!scratch.fits())
     return nn_fail(context, NN_ERROR_WORKSPACE, "%s: needs %lld bytes of workspace, has %lld", where, (long long)scratch.need,
                    (long long)scratch.have);
+  if (holds) {
+    run_held<Residual>(context, (bf16 *)dx, dweight, partial, (const bf16 *)dy, (const bf16 *)dsum, (const bf16 *)x, reciprocal,
+                       (const bf16 *)weight, rows, H, chunks);
+    return nn_cuda_status(context, cudaGetLastError(), where);
+  }
   /* dx may be dy or dsum, so dweight comes first. */
   rmsnorm_dweight_kernel<T><<<dim3((unsigned)ceil_div(H, 32), (unsigned)chunks), dim3(32, 8), 0, context->stream>>>(
       partial, (const T *)dy, (const T *)x, reciprocal, rows, chunk_rows, (int)H);
-  add_partials_kernel<<<(unsigned)ceil_div(H, 64), 64, 0, context->stream>>>(dweight, partial, (int)chunks, (int)H);
+  add_partials_kernel<<<(unsigned)ceil_div(H, 32), 256, 0, context->stream>>>(dweight, partial, (int)chunks, (int)H);
   unsigned blocks = (unsigned)ceil_div(rows, 4);
-  const int N = 16 / sizeof(T);
-  if (packs16(H, sizeof(T), dx, dy, dsum, x, weight))
+  if (packs)
     rmsnorm_backward_kernel<T, N, Residual><<<blocks, 128, 0, context->stream>>>((T *)dx, (const T *)dy, (const T *)dsum, (const T *)x,
                                                                                  reciprocal, (const T *)weight, rows, (int)H);
   else

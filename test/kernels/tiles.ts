@@ -112,5 +112,17 @@ const losses = (): Case[] => ([[2100, 128, 1024]] as const).map(([T, H, V]) =>
   }),
 );
 
+/** Norm backwards that hold a row in registers: of 1 to 4 pieces a lane, with rests, in more blocks than one. */
+const norms = (): Case[] => ([[700, 256], [131, 264], [2050, 768], [33, 1024]] as const).map(([T, H]) =>
+  define({
+    kernel: 'rmsnorm_residual_backward', sizes: `T=${T} H=${H}`, expected: never, tolerance, workspace: { T, H },
+    buffers: {
+      dx: output('f32', T * H), dweight: accumulate(numbers(H, 1)), dy: input(numbers(T * H, 2)), dsum: input(numbers(T * H, 3)), sum: input(numbers(T * H, 4)),
+      reciprocal: input(new Float32Array(T).fill(0.9)), weight: input(numbers(H, 5)),
+    },
+    run: (k, t) => k.rmsnormResidualBackward(t.dx, t.dweight, t.dy, t.dsum, t.sum, t.reciprocal, t.weight, T, H, 'f32'),
+  }),
+);
+
 /** All of them; making them takes a second. */
-export const tileCases = (): Case[] => [...products(), ...experts(), ...attention(), ...losses()];
+export const tileCases = (): Case[] => [...products(), ...experts(), ...attention(), ...losses(), ...norms()];

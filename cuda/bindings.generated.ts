@@ -84,6 +84,8 @@ export const PROTOTYPES = {
   nn_sample: 'int32_t nn_sample(uint64_t context, uint64_t token, uint64_t logits, uint64_t counter, int64_t B, int64_t V, float temperature, uint64_t seed, int32_t dtype)',
   nn_topk_sample: 'int32_t nn_topk_sample(uint64_t context, uint64_t token, uint64_t logits, uint64_t counter, int64_t B, int64_t V, int64_t top_k, float temperature, uint64_t seed, int32_t dtype)',
   nn_topp_sample: 'int32_t nn_topp_sample(uint64_t context, uint64_t token, uint64_t logits, uint64_t counter, int64_t B, int64_t V, float top_p, float temperature, uint64_t seed, int32_t dtype)',
+  nn_decode_attention: 'int32_t nn_decode_attention(uint64_t context, uint64_t out, uint64_t key_cache, uint64_t value_cache, uint64_t x, uint64_t start, uint64_t cosine, uint64_t sine, uint64_t norm, uint64_t qkv_weight, uint64_t output_weight, int64_t B, int64_t C, int64_t H, int64_t Q, int64_t G, int64_t D, int64_t positions, float epsilon, int32_t dtype)',
+  nn_decode_moe: 'int32_t nn_decode_moe(uint64_t context, uint64_t out, uint64_t x, uint64_t norm, uint64_t router, uint64_t gate_up_weight, uint64_t down_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, float epsilon, int32_t dtype)',
   nn_advance: 'int32_t nn_advance(uint64_t context, uint64_t history, uint64_t start, uint64_t counter, uint64_t step, uint64_t token, int64_t B, int64_t R)',
 } as const;
 
@@ -163,6 +165,8 @@ export interface Native {
   readonly nn_sample: (context: number, token: number, logits: number, counter: number, B: number, V: number, temperature: number, seed: number, dtype: number) => number;
   readonly nn_topk_sample: (context: number, token: number, logits: number, counter: number, B: number, V: number, topK: number, temperature: number, seed: number, dtype: number) => number;
   readonly nn_topp_sample: (context: number, token: number, logits: number, counter: number, B: number, V: number, topP: number, temperature: number, seed: number, dtype: number) => number;
+  readonly nn_decode_attention: (context: number, out: number, keyCache: number, valueCache: number, x: number, start: number, cosine: number, sine: number, norm: number, qkvWeight: number, outputWeight: number, B: number, C: number, H: number, Q: number, G: number, D: number, positions: number, epsilon: number, dtype: number) => number;
+  readonly nn_decode_moe: (context: number, out: number, x: number, norm: number, router: number, gateUpWeight: number, downWeight: number, T: number, H: number, F: number, E: number, K: number, epsilon: number, dtype: number) => number;
   readonly nn_advance: (context: number, history: number, start: number, counter: number, step: number, token: number, B: number, R: number) => number;
 }
 
@@ -744,6 +748,38 @@ export class Kernels {
     if (counter.dtype !== 'i32' || !(counter.length >= B)) refuse('topp_sample', 'counter', counter, 'i32', B);
     const status = this.#native.nn_topp_sample(this.#context, token.address, logits.address, counter.address, B, V, topP, temperature, seed, code(dtype));
     if (status !== 0) this.#fail('nn_topp_sample', status);
+  }
+
+  /** The attention half of a layer for one new token of each of B sequences: out = x + attention(rope(rmsnorm(x) qkv_weight^T)) output_weight^T,
+   * where sequence b's token stands at position start[b] (< C, < positions), its key and value go into the cache there, and it sees positions
+   * 0 .. start[b]. B <= NN_DECODE_TOKENS. The same as the entries that it is made of, but for roundings. It must not follow right after a
+   * call that wrote any of its inputs but x: on a GPU it reads them while that call may still run. out is not x. */
+  decodeAttention(out: Tensor, keyCache: Tensor, valueCache: Tensor, x: Tensor, start: Tensor, cosine: Tensor, sine: Tensor, norm: Tensor, qkvWeight: Tensor, outputWeight: Tensor, B: number, C: number, H: number, Q: number, G: number, D: number, positions: number, epsilon: number, dtype: ComputeType): void {
+    if (out.dtype !== dtype || !(out.length >= B * H)) refuse('decode_attention', 'out', out, dtype, B * H);
+    if (keyCache.dtype !== dtype || !(keyCache.length >= B * C * G * D)) refuse('decode_attention', 'keyCache', keyCache, dtype, B * C * G * D);
+    if (valueCache.dtype !== dtype || !(valueCache.length >= B * C * G * D)) refuse('decode_attention', 'valueCache', valueCache, dtype, B * C * G * D);
+    if (x.dtype !== dtype || !(x.length >= B * H)) refuse('decode_attention', 'x', x, dtype, B * H);
+    if (start.dtype !== 'i32' || !(start.length >= B)) refuse('decode_attention', 'start', start, 'i32', B);
+    if (cosine.dtype !== 'f32' || !(cosine.length >= positions * D / 2)) refuse('decode_attention', 'cosine', cosine, 'f32', positions * D / 2);
+    if (sine.dtype !== 'f32' || !(sine.length >= positions * D / 2)) refuse('decode_attention', 'sine', sine, 'f32', positions * D / 2);
+    if (norm.dtype !== dtype || !(norm.length >= H)) refuse('decode_attention', 'norm', norm, dtype, H);
+    if (qkvWeight.dtype !== dtype || !(qkvWeight.length >= ((Q + 2 * G) * D) * H)) refuse('decode_attention', 'qkvWeight', qkvWeight, dtype, ((Q + 2 * G) * D) * H);
+    if (outputWeight.dtype !== dtype || !(outputWeight.length >= H * Q * D)) refuse('decode_attention', 'outputWeight', outputWeight, dtype, H * Q * D);
+    const status = this.#native.nn_decode_attention(this.#context, out.address, keyCache.address, valueCache.address, x.address, start.address, cosine.address, sine.address, norm.address, qkvWeight.address, outputWeight.address, B, C, H, Q, G, D, positions, epsilon, code(dtype));
+    if (status !== 0) this.#fail('nn_decode_attention', status);
+  }
+
+  /** The experts' half of a layer for T <= NN_DECODE_TOKENS tokens: out = x + moe(rmsnorm(x)). The same as the entries that it is made of, but
+   * for roundings, and under the same condition as nn_decode_attention. out is not x. */
+  decodeMoe(out: Tensor, x: Tensor, norm: Tensor, router: Tensor, gateUpWeight: Tensor, downWeight: Tensor, T: number, H: number, F: number, E: number, K: number, epsilon: number, dtype: ComputeType): void {
+    if (out.dtype !== dtype || !(out.length >= T * H)) refuse('decode_moe', 'out', out, dtype, T * H);
+    if (x.dtype !== dtype || !(x.length >= T * H)) refuse('decode_moe', 'x', x, dtype, T * H);
+    if (norm.dtype !== dtype || !(norm.length >= H)) refuse('decode_moe', 'norm', norm, dtype, H);
+    if (router.dtype !== dtype || !(router.length >= E * H)) refuse('decode_moe', 'router', router, dtype, E * H);
+    if (gateUpWeight.dtype !== dtype || !(gateUpWeight.length >= E * 2 * F * H)) refuse('decode_moe', 'gateUpWeight', gateUpWeight, dtype, E * 2 * F * H);
+    if (downWeight.dtype !== dtype || !(downWeight.length >= E * H * F)) refuse('decode_moe', 'downWeight', downWeight, dtype, E * H * F);
+    const status = this.#native.nn_decode_moe(this.#context, out.address, x.address, norm.address, router.address, gateUpWeight.address, downWeight.address, T, H, F, E, K, epsilon, code(dtype));
+    if (status !== 0) this.#fail('nn_decode_moe', status);
   }
 
   /** One decoding step further, so that a loop of steps needs no host: for each sequence b, history[row, b] = token[b] with

@@ -59,6 +59,9 @@ typedef enum nn_status {
 
 typedef enum nn_dtype { NN_F32 = 0, NN_BF16 = 1 } nn_dtype;
 
+/* Tokens that nn_decode_attention and nn_decode_moe take at most. */
+#define NN_DECODE_TOKENS 64
+
 /* One device with its stream, workspace and threads. Used by one thread at a time. */
 typedef struct nn_context nn_context;
 
@@ -689,6 +692,36 @@ NN_API nn_status nn_topp_sample(
     const void *logits,     // in dtype [B, V]
     const int32_t *counter, // in i32 [B]
     int64_t B, int64_t V, float top_p, float temperature, uint64_t seed, nn_dtype dtype);
+
+/* The attention half of a layer for one new token of each of B sequences: out = x + attention(rope(rmsnorm(x) qkv_weight^T)) output_weight^T,
+ * where sequence b's token stands at position start[b] (< C, < positions), its key and value go into the cache there, and it sees positions
+ * 0 .. start[b]. B <= NN_DECODE_TOKENS. The same as the entries that it is made of, but for roundings. It must not follow right after a
+ * call that wrote any of its inputs but x: on a GPU it reads them while that call may still run. out is not x. */
+NN_API nn_status nn_decode_attention(
+    nn_context *context,
+    void *out,                 // out dtype [B, H]
+    void *key_cache,           // inout dtype [B, C, G*D]
+    void *value_cache,         // inout dtype [B, C, G*D]
+    const void *x,             // in dtype [B, H]
+    const int32_t *start,      // in i32 [B]
+    const float *cosine,       // in f32 [positions, D/2]
+    const float *sine,         // in f32 [positions, D/2]
+    const void *norm,          // in dtype [H]
+    const void *qkv_weight,    // in dtype [(Q+2*G)*D, H]
+    const void *output_weight, // in dtype [H, Q*D]
+    int64_t B, int64_t C, int64_t H, int64_t Q, int64_t G, int64_t D, int64_t positions, float epsilon, nn_dtype dtype);
+
+/* The experts' half of a layer for T <= NN_DECODE_TOKENS tokens: out = x + moe(rmsnorm(x)). The same as the entries that it is made of, but
+ * for roundings, and under the same condition as nn_decode_attention. out is not x. */
+NN_API nn_status nn_decode_moe(
+    nn_context *context,
+    void *out,                  // out dtype [T, H]
+    const void *x,              // in dtype [T, H]
+    const void *norm,           // in dtype [H]
+    const void *router,         // in dtype [E, H]
+    const void *gate_up_weight, // in dtype [E, 2*F, H]
+    const void *down_weight,    // in dtype [E, H, F]
+    int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, float epsilon, nn_dtype dtype);
 
 /* One decoding step further, so that a loop of steps needs no host: for each sequence b, history[row, b] = token[b] with
  * row = step[0], start[b] += 1 and counter[b] += 1; then step[0] = (row + 1) % R. step[0] must be in 0 .. R-1, else nothing is done. */

@@ -1,9 +1,8 @@
 /* attention.cu: the attention entries of nn.h: the plain scores and output, and the choice of kernels for the fused ones; appending
  * to a cache; the row sums that the backward needs.
  */
-#include "attention.cuh"
+#include "attention_decode.cuh"
 
-nn_status nn_attention_decode(nn_context *context, void *out, const Attention &a);
 #define ATTENTION_SIZES_FIT \
   (B >= 0 && B < 65536 && S >= 0 && S < (1ll << 31) && Q >= 1 && Q < 65536 && G >= 1 && Q % G == 0 && D >= 1 && D < 65536 && valid(dtype))
 

@@ -3,7 +3,9 @@
  * merged in order by a second kernel.
  * "Flash-Decoding", Dao et al., 2023.
  */
+#include "attention_decode.cuh"
 #include "attention_tiles.cuh"
+#include "chain.cuh"
 
 const int KEYS = 32; /* of one warp's tile */
 
@@ -16,7 +18,7 @@ __global__ void __launch_bounds__(WARPS * 32) decode_split_kernel(float *partial
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, split = blockIdx.x, splits = gridDim.x;
   const int b = blockIdx.y / a.G, g = blockIdx.y % a.G, heads = a.Q / a.G;
   bf16 *sq = (bf16 *)memory, *sk = sq + 16 * (D + 8) + warp * 4 * KEYS * (D + 8), *sv = sk + 2 * KEYS * (D + 8);
-  const int64_t count = min((int64_t)(a.start ? a.start[b] : 0) + 1, a.capacity), head = (int64_t)b * a.kv_batch + (int64_t)g * D;
+  const int64_t count = min((int64_t)(a.start ? __ldcg(a.start + b) : 0) + 1, a.capacity), head = (int64_t)b * a.kv_batch + (int64_t)g * D;
   const int64_t chunk = ((count + splits - 1) / splits + KEYS - 1) / KEYS * KEYS, first = split * chunk, last = min(first + chunk, count);
   const bf16 *k = (const bf16 *)a.k + head, *v = (const bf16 *)a.v + head;
   const int tiles = first < last ? (int)((last - first + KEYS - 1) / KEYS) : 0;
@@ -28,8 +30,14 @@ __global__ void __launch_bounds__(WARPS * 32) decode_split_kernel(float *partial
     }
     cp_async_commit();
   };
+  /* All keys but the newest were there before the kernel that made the queries. */
+  const bool early = warp < tiles && first + (int64_t)(warp + 1) * KEYS < count;
+  if (early) fetch(warp, 0);
+  wait_for_previous();
+  let_next_start();
   load_tile<D, 16, WARPS * 32>(sq, (const bf16 *)a.q + (int64_t)b * a.q_row + (int64_t)g * heads * D, D, heads);
-  fetch(warp, 0);
+  cp_async_commit();
+  if (!early) fetch(warp, 0);
   cp_async_wait<0>();
   __syncthreads();
   uint32_t fq[D / 16][4];
@@ -118,15 +126,18 @@ __global__ void __launch_bounds__(WARPS * 32) decode_split_kernel(float *partial
 
 /* out [B, Q*D]: the splits of one (sequence, head), in order; one thread an element of the head. */
 __global__ void decode_merge_kernel(bf16 *out, const float *partial, int splits, int D) {
+  wait_for_previous();
+  let_next_start();
   const float *rows = partial + (int64_t)blockIdx.x * splits * (D + 2);
   float top = -INFINITY, sum = 0.0f, total = 0.0f;
-  for (int s = 0; s < splits; s++) top = fmaxf(top, rows[s * (D + 2) + D]);
+  for (int s = 0; s < splits; s++) top = fmaxf(top, __ldcg(rows + s * (D + 2) + D));
   for (int s = 0; s < splits; s++) {
     const float *row = rows + s * (D + 2);
-    if (row[D] == -INFINITY) continue;
-    float weight = exp2_fast(row[D] - top);
-    total += row[threadIdx.x] * weight;
-    sum += row[D + 1] * weight;
+    const float high = __ldcg(row + D);
+    if (high == -INFINITY) continue;
+    float weight = exp2_fast(high - top);
+    total += __ldcg(row + threadIdx.x) * weight;
+    sum += __ldcg(row + D + 1) * weight;
   }
   out[(int64_t)blockIdx.x * D + threadIdx.x] = from_float<bf16>(total / sum);
 }
@@ -140,22 +151,31 @@ int nn_decode_splits(nn_context *context, const Attention &a) {
 }
 
 template <int D, int WARPS>
-static nn_status run_decode(nn_context *context, void *out, const Attention &a) {
-  int splits = nn_decode_splits(context, a), bytes = (16 + WARPS * 4 * KEYS) * (D + 8) * 2;
-  Scratch scratch(context);
-  float *partial = scratch.take<float>((int64_t)a.B * a.Q * splits * (D + 2));
-  NN_SCRATCH(context, scratch);
+static nn_status run_decode(nn_context *context, void *out, float *partial, const Attention &a, int splits, bool chained) {
+  const int bytes = (16 + WARPS * 4 * KEYS) * (D + 8) * 2;
   NN_CUDA(context, cudaFuncSetAttribute(decode_split_kernel<D, WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  decode_split_kernel<D, WARPS><<<dim3(splits, a.B * a.G), WARPS * 32, bytes, context->stream>>>(partial, a);
-  decode_merge_kernel<<<a.B * a.Q, D, 0, context->stream>>>((bf16 *)out, partial, splits, D);
-  return NN_OK;
+  NN_TRY(launch_kernel(context, "nn_attention_decode", chained, decode_split_kernel<D, WARPS>, dim3(splits, a.B * a.G), WARPS * 32, bytes, partial, a));
+  if (out == NULL) return NN_OK;
+  return launch_kernel(context, "nn_attention_decode", true, decode_merge_kernel, dim3(a.B * a.Q), D, 0, (bf16 *)out, (const float *)partial, splits, D);
+}
+
+static nn_status choose_decode(nn_context *context, void *out, float *partial, const Attention &a, int splits, bool chained) {
+  switch (a.D) {
+    case 16: return run_decode<16, 4>(context, out, partial, a, splits, chained);
+    case 32: return run_decode<32, 4>(context, out, partial, a, splits, chained);
+    case 64: return run_decode<64, 4>(context, out, partial, a, splits, chained);
+    default: return run_decode<128, 2>(context, out, partial, a, splits, chained);
+  }
+}
+
+nn_status nn_attention_decode_chained(nn_context *context, void *out, float *partial, const Attention &a, int splits) {
+  return choose_decode(context, out, partial, a, splits, true);
 }
 
 nn_status nn_attention_decode(nn_context *context, void *out, const Attention &a) {
-  switch (a.D) {
-    case 16: return run_decode<16, 4>(context, out, a);
-    case 32: return run_decode<32, 4>(context, out, a);
-    case 64: return run_decode<64, 4>(context, out, a);
-    default: return run_decode<128, 2>(context, out, a);
-  }
+  const int splits = nn_decode_splits(context, a);
+  Scratch scratch(context);
+  float *partial = scratch.take<float>((int64_t)a.B * a.Q * splits * (a.D + 2));
+  NN_SCRATCH(context, scratch);
+  return choose_decode(context, out, partial, a, splits, false);
 }

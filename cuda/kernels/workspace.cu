@@ -1,10 +1,9 @@
 /* workspace.cu: how much scratch the kernels of this library take at most for a model. Each file's need is repeated here once. */
-#include "attention.cuh"
+#include "attention_decode.cuh"
 #include "product.cuh"
 #include "sort.cuh"
 
 int64_t nn_loss_chunk(int64_t T, int64_t V);
-int nn_decode_splits(nn_context *context, const Attention &a);
 
 extern "C" nn_status nn_workspace_bytes(nn_context *context, int64_t *bytes, int64_t T, int64_t S, int64_t H, int64_t F, int64_t E, int64_t K,
                                         int64_t V, int64_t Q, int64_t G, int64_t D, nn_dtype dtype) {
@@ -26,6 +25,14 @@ extern "C" nn_status nn_workspace_bytes(nn_context *context, int64_t *bytes, int
     d.capacity = 1ll << 40;
     need(T <= 4096 ? T * Q * nn_decode_splits(context, d) * (D + 2) * 4 : 0); /* nn_attention_cached, one query a sequence */
   }
+  /* nn_decode_attention and nn_decode_moe, where they go through the entries that they are made of, or by kernels of their own */
+  const int64_t few = T < NN_DECODE_TOKENS ? T : NN_DECODE_TOKENS, slots = few * K, P = (Q + 2 * G) * D, entries = most;
+  need(entries + few * (H + P + Q * D) * size + few * 4);
+  need(entries + few * (H * size + 4 + 8 * E) + slots * ((F + H) * size + 20) + E * 8);
+  Attention step = attention_of(NULL, few, 1, Q, G, D, dtype);
+  step.capacity = 1ll << 40;
+  need(2 * few * Q * D * size + (few > 0 ? few * Q * nn_decode_splits(context, step) * (D + 2) * 4 : 0));
+  need(few * H * size + slots * (F * size + 8) + ceil_div(F, 768) * slots * H * 4);
   *bytes = most + slack;
   return NN_OK;
 }

@@ -6,6 +6,7 @@ import { EXACT, accumulate, define, generator, inout, input, integers, numbers, 
 import type { Case, Tolerance } from './harness.ts';
 import { attentionCases } from './table-attention.ts';
 import { decodeCases } from './table-decode.ts';
+import { stepCases } from './table-step.ts';
 import * as reference from './reference.ts';
 import type { Numbers } from './reference.ts';
 import { digest, normal } from './generator-reference.ts';
@@ -448,5 +449,5 @@ const adamw = [0, 1, 17, 4099, 16385].flatMap((n): Case[] =>
 
 export const cases: readonly Case[] = [
   ...elementwise, ...special, ...cast, ...digests, ...rowwise, ...norms, ...router, nanRouter, ...ropes, ...attentionCases, ...losses,
-  ...embeddings, ...clips, ...adamw, ...decodeCases,
+  ...embeddings, ...clips, ...adamw, ...decodeCases, ...stepCases,
 ];

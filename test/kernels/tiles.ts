@@ -1,10 +1,10 @@
 /**
  * bf16 at the borders of what the tensor-core kernels are cut into: product tiles of 128 x 256 x 64, rows that are gathered by the loads and
  * rows that are packed first (2,048 slots), attention tiles of 64, 128 and 192 rows, sequences that end inside of one, chunks of the
- * loss. The reference is the CPU (bf16.ts), so that sizes may be what would take JavaScript minutes. Used by tiles.test.ts on a GPU.
+ * loss; and the kernels of a decoding step, which are bf16's only. The reference is the CPU (bf16.ts), so that sizes may be what would take JavaScript minutes. Used by tiles.test.ts on a GPU.
  */
 import type { Case } from './harness.ts';
-import { accumulate, define, input, integers, numbers, output } from './harness.ts';
+import { accumulate, define, inout, input, integers, numbers, output } from './harness.ts';
 
 const never = (): never => {
   throw new Error('these cases are compared with the CPU');
@@ -124,5 +124,35 @@ const norms = (): Case[] => ([[700, 256], [131, 264], [2050, 768], [33, 1024]] a
   }),
 );
 
+/** The attention half of a decoding step: one tile of 16 sequences and four, splits merged late and by a kernel of their own. */
+const stepAttention = (): Case[] => ([[1, 70, 128, 4, 1, 32], [1, 1500, 64, 3, 1, 64], [16, 130, 256, 8, 2, 32], [17, 300, 192, 6, 1, 64], [64, 40, 64, 4, 1, 16]] as const).map(
+  ([B, C, H, Q, G, D]) => {
+    const start = integers(B, C, C);
+    start[0] = C - 1;
+    const angles = Float64Array.from({ length: C * D / 2 }, (_, i) => i % 7);
+    return define({
+      kernel: 'decode_attention', sizes: `B=${B} C=${C} H=${H} Q=${Q} G=${G} D=${D}`, expected: never, tolerance, workspace: { T: B, S: 1, H, Q, G, D },
+      buffers: {
+        out: output('f32', B * H), keys: inout(numbers(B * C * G * D, 1, 0.6)), values: inout(numbers(B * C * G * D, 2, 0.6)), x: input(numbers(B * H, 3)), start: input(start),
+        cosine: input(Float32Array.from(angles, Math.cos)), sine: input(Float32Array.from(angles, Math.sin)), norm: input(numbers(H, 4, 0.5)),
+        qkv: input(numbers((Q + 2 * G) * D * H, 5, H ** -0.5)), output: input(numbers(H * Q * D, 6, (Q * D) ** -0.5)),
+      },
+      run: (k, t) => k.decodeAttention(t.out, t.keys, t.values, t.x, t.start, t.cosine, t.sine, t.norm, t.qkv, t.output, B, C, H, Q, G, D, C, 1e-5, 'f32'),
+    });
+  },
+);
+
+/** The experts' half: up to 8, 16 and 64 tokens. All experts are chosen where tokens are many: rounding decides between equal ones. */
+const stepExperts = (): Case[] => ([[1, 64, 128, 4, 2], [8, 128, 192, 6, 3], [9, 192, 64, 4, 4], [16, 64, 320, 4, 4], [17, 128, 1600, 3, 3], [64, 256, 128, 4, 4]] as const).map(([T, H, F, E, K]) =>
+  define({
+    kernel: 'decode_moe', sizes: `T=${T} H=${H} F=${F} E=${E} K=${K}`, expected: never, tolerance, workspace: { T, H, F, E, K },
+    buffers: {
+      out: output('f32', T * H), x: input(numbers(T * H, 1)), norm: input(numbers(H, 2, 0.5)), router: input(numbers(E * H, 3, H ** -0.5)),
+      gateUp: input(numbers(E * 2 * F * H, 4, H ** -0.5)), down: input(numbers(E * H * F, 5, F ** -0.5)),
+    },
+    run: (k, t) => k.decodeMoe(t.out, t.x, t.norm, t.router, t.gateUp, t.down, T, H, F, E, K, 1e-5, 'f32'),
+  }),
+);
+
 /** All of them; making them takes a second. */
-export const tileCases = (): Case[] => [...products(), ...experts(), ...attention(), ...losses(), ...norms()];
+export const tileCases = (): Case[] => [...products(), ...experts(), ...attention(), ...losses(), ...norms(), ...stepAttention(), ...stepExperts()];

@@ -65,6 +65,17 @@ export interface AttentionCache {
   readonly capacity: number;
 }
 
+/** out = x + attentionCachedForward of one new token of each of at most DECODE_TOKENS sequences: the same but for roundings. */
+export function attentionStep(
+  kernels: Kernels, out: Tensor, cache: AttentionCache, x: Tensor, weights: LayerViews, rope: Omit<RopeTables, 'position'>, B: number, sizes: Sizes,
+): void {
+  const { H, Q, G, D, epsilon, dtype } = sizes;
+  const { keys, values, start, capacity } = cache;
+  kernels.decodeAttention(
+    out, keys, values, x, start, rope.cosine, rope.sine, weights.attentionNorm, weights.qkv, weights.output, B, capacity, H, Q, G, D, rope.positions, epsilon, dtype,
+  );
+}
+
 /** attentionForward of S new tokens for each sequence, which see the cache and are put into it. No backward. */
 export function attentionCachedForward(
   kernels: Kernels, delta: Tensor, state: Omit<AttentionState, 'logSumExp'>, cache: AttentionCache, x: Tensor, weights: LayerViews, rope: RopeTables,

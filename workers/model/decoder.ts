@@ -17,7 +17,7 @@ import type { Precision } from '../../config/run-spec.ts';
 import { slice } from '../../cuda/device.ts';
 import type { Device, DType, Kernels, Tensor } from '../../cuda/device.ts';
 import { Arena } from './arena.ts';
-import { attentionCachedForward } from './attention.ts';
+import { attentionCachedForward, attentionStep } from './attention.ts';
 import type { AttentionCache } from './attention.ts';
 import { embeddingForward, headLogits } from './head.ts';
 import { combineForward, expertsForward, routeForward } from './moe.ts';
@@ -88,6 +88,8 @@ export interface Measured {
 }
 
 const PREFILL_TOKENS = { cpu: 512, cuda: 4096 } as const;
+/** NN_DECODE_TOKENS of nn.h: sequences that the kernels of a step take at most. */
+const DECODE_TOKENS = 64;
 const STEPS_PER_READ = { cpu: 1, cuda: 32 } as const;
 
 /** Options with nothing left to the device. */
@@ -367,8 +369,15 @@ export class Decoder {
     const rope = { cosine: at('cosine'), sine: at('sine'), position, positions: this.#options.capacity };
     const attention = { reciprocal1: at('reciprocal1'), normed1: at('normed1'), qkv: at('qkv'), attention: at('attention') };
     const [x, delta, slots] = [at('x'), at('delta'), at('slots')];
+    const { H, F, E, K, epsilon, dtype } = this.#sizes;
+    const isStep = batch.S === 1 && batch.B <= DECODE_TOKENS;
     embeddingForward(this.#kernels, x, tokens, this.#weights, batch, this.#sizes);
     for (const [layer, weights] of this.#weights.layers.entries()) {
+      if (isStep) {
+        attentionStep(this.#kernels, delta, this.#caches[layer]!, x, weights, rope, batch.B, this.#sizes);
+        this.#kernels.decodeMoe(x, delta, weights.moeNorm, weights.router, weights.gateUp, weights.down, batch.T, H, F, E, K, epsilon, dtype);
+        continue;
+      }
       attentionCachedForward(this.#kernels, delta, attention, this.#caches[layer]!, x, weights, rope, batch, this.#sizes);
       routeForward(this.#kernels, this.#state, x, delta, weights, batch, this.#sizes);
       expertsForward(this.#kernels, this.#state, weights, batch, this.#sizes);

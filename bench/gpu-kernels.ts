@@ -46,6 +46,8 @@ interface Entry {
 const TOLERANCE = 2e-2;
 /** Tokens and sequence length of the comparison: so many slots that gathered rows are packed, as they are at the size that is timed. */
 const COMPARED = { B: 2, S: 288 };
+/** Tokens that a decoding step sees. */
+const STEP_CONTEXT = 1024;
 
 const x = (length: number, normal?: number): Buffer => ({ dtype: 'x', length, ...(normal === undefined ? {} : { normal }) });
 const f32 = (length: number, normal?: number): Buffer => ({ dtype: 'f32', length, ...(normal === undefined ? {} : { normal }) });
@@ -157,6 +159,16 @@ function entries(sizes: Sizes, B: number, S: number): Entry[] {
       outputs: ['sum', 'y', 'reciprocal'], flops: 0, bytes: 8 * T * H,
     },
     {
+      name: 'rmsnorm_residual_backward', shape: tokens,
+      buffers: { dx: x(T * H), dw: f32(H, 0), dy: x(T * H, 1), dsum: x(T * H, 1), sum: x(T * H, 1), reciprocal: { ...f32(T), values: new Float32Array(T).fill(1) }, w: x(H, 1) },
+      run: (k, t, dtype) => k.rmsnormResidualBackward(t['dx']!, t['dw']!, t['dy']!, t['dsum']!, t['sum']!, t['reciprocal']!, t['w']!, T, H, dtype),
+      outputs: ['dx', 'dw'], flops: 0, bytes: 8 * T * H,
+    },
+    {
+      name: 'aux_loss', shape: tokens, buffers: { aux: f32(1), probability: f32(T * E, 1), ...slots }, prepare: permute,
+      run: (k, t) => k.auxLoss(t['aux']!, t['probability']!, t['load']!, T, E, K), outputs: ['aux'], flops: 0, bytes: 4 * T * E,
+    },
+    {
       name: 'embedding_forward', shape: tokens, buffers: { y: x(T * H), token: i32(T, ids), table: x(V * H, 1) },
       run: (k, t, dtype) => k.embeddingForward(t['y']!, t['token']!, t['table']!, T, H, V, dtype), outputs: ['y'], flops: 0, bytes: 4 * T * H,
     },
@@ -178,6 +190,34 @@ function entries(sizes: Sizes, B: number, S: number): Entry[] {
       run: (k, t) => k.gradNorm(t['sum']!, t['g']!, E * H * F), outputs: ['sum'], flops: 0, bytes: 4 * E * H * F,
     },
   ];
+}
+
+/** The two halves of a layer for one new token of each of B sequences, the newest of `context`. Every expert that a token goes to is read once. */
+function stepEntries(sizes: Sizes, context: number): Entry[] {
+  const { H, F, E, K, Q, G, D, P, epsilon } = sizes;
+  const angles = Array.from({ length: context * D / 2 }, (_, i) => i % 97);
+  return [1, 16, 64].flatMap((B): Entry[] => [
+    {
+      name: 'decode_attention', shape: `B=${B}, context ${context}`,
+      buffers: {
+        out: x(B * H), keys: x(B * context * G * D, 1), values: x(B * context * G * D, 1), x: x(B * H, 1), start: i32(B, new Int32Array(B).fill(context - 1)),
+        cosine: { ...f32(angles.length), values: Float32Array.from(angles, Math.cos) }, sine: { ...f32(angles.length), values: Float32Array.from(angles, Math.sin) },
+        norm: x(H, 1), qkv: x(P * H, 0.02), output: x(H * Q * D, 0.02),
+      },
+      run: (k, t, dtype) =>
+        k.decodeAttention(
+          t['out']!, t['keys']!, t['values']!, t['x']!, t['start']!, t['cosine']!, t['sine']!, t['norm']!, t['qkv']!, t['output']!,
+          B, context, H, Q, G, D, context, epsilon, dtype,
+        ),
+      outputs: ['out', 'keys', 'values'], flops: 2 * B * (P * H + H * Q * D + 2 * Q * D * context), bytes: 2 * (P * H + H * Q * D + 2 * B * context * G * D),
+    },
+    {
+      name: 'decode_moe', shape: `T=${B}`,
+      buffers: { out: x(B * H), x: x(B * H, 1), norm: x(H, 1), router: x(E * H, 0.2), gateUp: x(E * 2 * F * H, 0.02), down: x(E * H * F, 0.02) },
+      run: (k, t, dtype) => k.decodeMoe(t['out']!, t['x']!, t['norm']!, t['router']!, t['gateUp']!, t['down']!, B, H, F, E, K, epsilon, dtype),
+      outputs: ['out'], flops: 6 * B * K * H * F, bytes: 6 * E * (1 - (1 - K / E) ** B) * H * F,
+    },
+  ]);
 }
 
 /** Buffers of an entry on one device. Inputs are drawn on `device`; with `like`, they are copied from there, to the same values. */
@@ -304,8 +344,8 @@ export async function benchGpuKernels(options: GpuKernelOptions): Promise<Report
   const cpu = Device.open({ library: 'cpu', index: 0, threads: 0 });
   try {
     const ceilings = measureCeilings(gpu);
-    const small = entries(sizes, COMPARED.B, COMPARED.S);
-    const rows = entries(sizes, B, S).map((entry, at) => measure(gpu, cpu, sizes, small[at]!, entry, B * S, S, ceilings, peers));
+    const small = [...entries(sizes, COMPARED.B, COMPARED.S), ...stepEntries(sizes, COMPARED.S)];
+    const rows = [...entries(sizes, B, S), ...stepEntries(sizes, STEP_CONTEXT)].map((entry, at) => measure(gpu, cpu, sizes, small[at]!, entry, B * S, S, ceilings, peers));
     return {
       bench: 'kernels',
       passed: rows.every(({ passed }) => passed),

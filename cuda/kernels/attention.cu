@@ -3,6 +3,9 @@
  */
 #include "attention_decode.cuh"
 
+nn_status nn_attention_forward_wgmma(nn_context *context, void *out, float *log_sum_exp, const Attention &a, nn_dtype dtype);
+nn_status nn_attention_backward_wgmma(nn_context *context, void *dqkv, const void *dout, const float *log_sum_exp, const float *delta,
+                                      const Attention &a, nn_dtype dtype);
 #define ATTENTION_SIZES_FIT \
   (B >= 0 && B < 65536 && S >= 0 && S < (1ll << 31) && Q >= 1 && Q < 65536 && G >= 1 && Q % G == 0 && D >= 1 && D < 65536 && valid(dtype))
 
@@ -49,6 +52,25 @@ __global__ void attention_delta_kernel(float *delta, const T *dout, const T *out
   if (lane == 0) delta[(b * Q + row % Q) * S + token % S] = sum;
 }
 
+/* The same in bf16 for heads of 64, 16 bytes and 8 threads a row. */
+__global__ void __launch_bounds__(256) attention_delta_64_kernel(float *delta, const bf16 *dout, const bf16 *out, int64_t rows, int S, int Q) {
+  const int64_t row = (int64_t)blockIdx.x * 32 + (threadIdx.x >> 3);
+  if (row >= rows) return;
+  const uint4 d = reinterpret_cast<const uint4 *>(dout)[row * 8 + (threadIdx.x & 7)], o = reinterpret_cast<const uint4 *>(out)[row * 8 + (threadIdx.x & 7)];
+  const uint32_t ds[4] = {d.x, d.y, d.z, d.w}, os[4] = {o.x, o.y, o.z, o.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 x = unpack_bf16(ds[i]), y = unpack_bf16(os[i]);
+    sum += x.x * y.x + x.y * y.y;
+  }
+  const unsigned lanes = 0xffu << (threadIdx.x & 24);
+#pragma unroll
+  for (int offset = 4; offset > 0; offset >>= 1) sum += __shfl_xor_sync(lanes, sum, offset);
+  const int64_t token = row / Q, b = token / S;
+  if ((threadIdx.x & 7) == 0) delta[(b * Q + row % Q) * S + token % S] = sum;
+}
+
 /* One block a new row. */
 template <typename T>
 __global__ void cache_append_kernel(T *key_cache, T *value_cache, const T *qkv, const int32_t *start, int S, int64_t C, int64_t query_width,
@@ -89,6 +111,9 @@ nn_status nn_flash_attention_forward(nn_context *context, void *out, float *log_
   NN_ENTER(context, ATTENTION_SIZES_FIT);
   if (B * S == 0) return NN_OK;
   Attention a = attention_of(qkv, B, S, Q, G, D, dtype);
+  const nn_status status = aligned16(out) ? nn_attention_forward_wgmma(context, out, log_sum_exp, a, dtype) : NN_ERROR_UNSUPPORTED;
+  if (status == NN_OK) NN_LEAVE(context);
+  if (status != NN_ERROR_UNSUPPORTED) return status;
   if (attention_fits_mma(a, dtype) && aligned16(out))
     NN_TRY(nn_attention_forward_mma(context, out, log_sum_exp, a));
   else
@@ -106,8 +131,15 @@ nn_status nn_flash_attention_backward(nn_context *context, void *dqkv, const voi
   NN_SCRATCH(context, scratch);
   ScratchTaken taken(context, scratch);
   unsigned blocks = (unsigned)ceil_div(B * S * Q, 8);
-  NN_FOR_DTYPE(dtype, T, attention_delta_kernel<T><<<blocks, 256, 0, context->stream>>>(delta, (const T *)dout, (const T *)out, B * S * Q,
-                                                                                      (int)S, (int)Q, (int)D););
+  if (dtype == NN_BF16 && D == 64 && aligned16(dout) && aligned16(out))
+    attention_delta_64_kernel<<<(unsigned)ceil_div(B * S * Q, 32), 256, 0, context->stream>>>(delta, (const bf16 *)dout, (const bf16 *)out, B * S * Q,
+                                                                                             (int)S, (int)Q);
+  else
+    NN_FOR_DTYPE(dtype, T, attention_delta_kernel<T><<<blocks, 256, 0, context->stream>>>(delta, (const T *)dout, (const T *)out, B * S * Q,
+                                                                                        (int)S, (int)Q, (int)D););
+  const nn_status status = aligned16(dqkv) ? nn_attention_backward_wgmma(context, dqkv, dout, log_sum_exp, delta, a, dtype) : NN_ERROR_UNSUPPORTED;
+  if (status == NN_OK) NN_LEAVE(context);
+  if (status != NN_ERROR_UNSUPPORTED) return status;
   if (attention_fits_mma(a, dtype) && aligned16(dout) && aligned16(dqkv))
     NN_TRY(nn_attention_backward_mma(context, dqkv, dout, log_sum_exp, delta, a));
   else
@@ -134,8 +166,13 @@ nn_status nn_attention_cached(nn_context *context, void *out, const void *qkv, c
     NN_TRY(nn_attention_forward_plain(context, out, NULL, a, dtype));
   else if (S == 1 && Q / G <= 16)
     NN_TRY(nn_attention_decode(context, out, a));
-  else
-    NN_TRY(nn_attention_forward_mma(context, out, NULL, a));
+  else {
+    const nn_status status = S >= 64 ? nn_attention_forward_wgmma(context, out, NULL, a, dtype) : NN_ERROR_UNSUPPORTED;
+    if (status == NN_ERROR_UNSUPPORTED)
+      NN_TRY(nn_attention_forward_mma(context, out, NULL, a));
+    else
+      NN_TRY(status);
+  }
   NN_LEAVE(context);
 }
 

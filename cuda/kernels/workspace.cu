@@ -4,6 +4,7 @@
 #include "sort.cuh"
 
 int64_t nn_loss_chunk(int64_t T, int64_t V);
+int64_t nn_attention_backward_wgmma_scratch(nn_context *context, const Attention &a);
 
 extern "C" nn_status nn_workspace_bytes(nn_context *context, int64_t *bytes, int64_t T, int64_t S, int64_t H, int64_t F, int64_t E, int64_t K,
                                         int64_t V, int64_t Q, int64_t G, int64_t D, nn_dtype dtype) {
@@ -21,6 +22,7 @@ extern "C" nn_status nn_workspace_bytes(nn_context *context, int64_t *bytes, int
   if (S > 0 && T > 0) {
     Attention a = attention_of(NULL, ceil_div(T, S), S, Q, G, D, dtype);
     need(T * Q * 4 + nn_attention_backward_scratch(context, a));            /* nn_flash_attention_backward */
+    if (D == 64) need(T * Q * 4 + nn_attention_backward_wgmma_scratch(context, a));
     Attention d = attention_of(NULL, T, 1, Q, G, D, dtype);
     d.capacity = 1ll << 40;
     need(T <= 4096 ? T * Q * nn_decode_splits(context, d) * (D + 2) * 4 : 0); /* nn_attention_cached, one query a sequence */

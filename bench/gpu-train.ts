@@ -7,9 +7,10 @@ import { parseRunSpec } from '../config/run-spec.ts';
 import type { Recompute } from '../config/run-spec.ts';
 import { Device } from '../cuda/device.ts';
 import { Trainer } from '../workers/model/trainer.ts';
+import { breakDown } from './breakdown.ts';
 import { goldenMatches, measureCeilings, parseDevice, peerFigures, presetOf } from './gpu.ts';
 import { median, provenance, quantile, significant } from './statistics.ts';
-import type { Report } from './statistics.ts';
+import type { Report, Row } from './statistics.ts';
 import { randomBatch } from './train.ts';
 
 export interface GpuTrainOptions {
@@ -22,6 +23,8 @@ export interface GpuTrainOptions {
   readonly recompute: Recompute;
   readonly stateDtype: 'fp32' | 'bf16';
   readonly graph: boolean;
+  /** After the timed steps, one more with each kernel timed by itself; without a graph. */
+  readonly breakdown?: boolean | undefined;
   readonly peer?: string | undefined;
 }
 
@@ -32,6 +35,7 @@ export async function benchGpuTrain(options: GpuTrainOptions): Promise<Report> {
   const model = presetOf(options.preset);
   const where = { ...parseDevice(options.device), threads: 0 };
   const { sequences, sequenceLength, microBatches, recompute, stateDtype } = options;
+  const graph = options.graph && options.breakdown !== true;
   const matches = goldenMatches(where);
   // Before our own memory is taken: two such models do not fit beside each other.
   const peer = options.peer === undefined ? null : peerFigures(options.peer).at(-1)!;
@@ -40,34 +44,45 @@ export async function benchGpuTrain(options: GpuTrainOptions): Promise<Report> {
   const ceilings = measureCeilings(device);
   const { optimizer } = parseRunSpec({ name: 'bench', model: 'demo', data: { train: 'random' }, steps: 1000, batch: { sequences, sequenceLength }, optimizer: { stateDtype } });
   const trainer = new Trainer(device, {
-    model, precision: 'bf16', recompute, sequences, sequenceLength, optimizer, totalSteps: 1000, separateShards: false, graph: options.graph,
+    model, precision: 'bf16', recompute, sequences, sequenceLength, optimizer, totalSteps: 1000, separateShards: false, graph,
   });
   const microTokens = sequences * sequenceLength;
   const tokens = microTokens * microBatches;
   const batch = randomBatch(microTokens, model.vocabSize);
   const times = { step: [] as number[], compute: [] as number[], update: [] as number[] };
+  /** Computes a step's gradients; returns the loss summed over its tokens. */
+  const gradients = (): number => {
+    let sum = 0;
+    trainer.beginStep();
+    trainer.beginShard();
+    for (let micro = 0; micro < microBatches; micro++) {
+      sum += trainer.accumulate(batch, { loss: 1 / tokens, aux: optimizer.auxLossWeight / microBatches }).lossSum;
+    }
+    trainer.endShard();
+    return sum;
+  };
   let firstLoss = Number.NaN;
+  let rows: Row[] = [];
   try {
     trainer.initialise(0);
     const warmup = 3;
     for (let step = 1; step <= warmup + options.steps; step++) {
-      let [compute, update] = [0, 0];
+      let [compute, update, lossSum] = [0, 0, 0];
       const whole = device.time(() => {
-        compute = device.time(() => {
-          trainer.beginStep();
-          trainer.beginShard();
-          for (let micro = 0; micro < microBatches; micro++) {
-            const { lossSum } = trainer.accumulate(batch, { loss: 1 / tokens, aux: optimizer.auxLossWeight / microBatches });
-            if (step === 1) firstLoss = lossSum / microTokens;
-          }
-          trainer.endShard();
-        });
+        compute = device.time(() => (lossSum = gradients()));
         update = device.time(() => trainer.applyStep(step));
       });
+      if (step === 1) firstLoss = lossSum / tokens;
       if (step <= warmup) continue;
       times.step.push(whole);
       times.compute.push(compute);
       times.update.push(update);
+    }
+    if (options.breakdown === true) {
+      rows = breakDown(device, () => {
+        gradients();
+        trainer.applyStep(warmup + options.steps + 1);
+      });
     }
   } finally {
     trainer.close();
@@ -88,7 +103,7 @@ export async function benchGpuTrain(options: GpuTrainOptions): Promise<Report> {
     passed: matches && isSane,
     summary: {
       ...provenance(),
-      device: device.description.name, preset: options.preset, parameters, precision: 'bf16', stateDtype, graph: options.graph,
+      device: device.description.name, preset: options.preset, parameters, precision: 'bf16', stateDtype, graph,
       batch: `${microBatches} x ${sequences} x ${sequenceLength}`, recompute, keptAttention: trainer.keep.attention, keptGateUp: trainer.keep.gateUp,
       goldenMatches: matches, firstLoss: significant(firstLoss),
       stepMs: significant(stepMs), stepP95Ms: significant(quantile(times.step, 0.95)), forwardBackwardMs: significant(computeMs), updateMs: significant(updateMs),
@@ -97,6 +112,6 @@ export async function benchGpuTrain(options: GpuTrainOptions): Promise<Report> {
       updateGbPerSecond: significant((parameters * updateBytes(stateDtype)) / updateMs / 1e6), ceilingGbPerSecond: significant(ceilings.gbPerSecond),
       ...against('tokens_per_s', stepMs), ...against('micro_tokens_per_s', computeMs),
     },
-    rows: [],
+    rows,
   };
 }

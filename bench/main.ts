@@ -58,6 +58,7 @@ program
   .addOption(new Option('--recompute <what>', 'GPU: what the backward computes again').choices(['none', 'swiglu', 'layer']).default('layer'))
   .addOption(new Option('--state-dtype <type>', 'GPU: type of AdamW’s states').choices(['fp32', 'bf16']).default('fp32'))
   .option(...noGraph)
+  .option('--breakdown', 'GPU: also time each kernel of a step by itself; implies --no-graph')
   .option(...peer)
   .option(...json)
   .action((options) =>

@@ -6,9 +6,12 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { expect } from 'chai';
+import { breakDown } from '../../bench/breakdown.ts';
 import { benchDecode } from '../../bench/decode.ts';
 import { peerFigures } from '../../bench/gpu.ts';
 import { errorCode } from '../../config/errors.ts';
+import { Device } from '../../cuda/device.ts';
+import type { Tensor } from '../../cuda/device.ts';
 
 const options = { device: 'cpu', preset: 'tiny', threads: 2, steps: 8, graph: true };
 
@@ -35,6 +38,29 @@ describe('benchmarks', function () {
     writeFileSync(join(scratch, name), text);
     return `cat ${join(scratch, name)}`;
   };
+
+  it('a breakdown counts each kernel and tells products apart, and leaves the device as it was', () => {
+    const device = Device.open({ library: 'cpu', index: 0, threads: 1 });
+    try {
+      const [a, b, c] = [0, 1, 2].map(() => device.allocate('f32', 64 * 64)) as [Tensor, Tensor, Tensor];
+      const work = (): void => {
+        for (const [M, N] of [[64, 64], [64, 64], [8, 16]] as const) device.kernels.gemm(c, a, b, M, N, 64, 0, 1, 'f32', 'f32');
+        device.kernels.randomNormal(a, 64, 1, 0, 0, 1);
+      };
+      const current = (): unknown => (device.kernels as unknown as Record<string, unknown>)['gemm'];
+      const gemm = current();
+      const rows = breakDown(device, work);
+      expect(rows.map(({ name, calls }) => [name, calls])).to.have.deep.members([['gemm 64 x 64 x 64', 2], ['gemm 8 x 16 x 64', 1], ['randomNormal', 1]]);
+      const shares = rows.map(({ share }) => share as number);
+      expect(shares.reduce((sum, share) => sum + share)).to.be.closeTo(1, 0.01);
+      expect(shares).to.deep.equal([...shares].sort((x, y) => y - x));
+      expect(current()).to.equal(gemm);
+      expect(() => breakDown(device, () => device.kernels.gemm(c, a, b, -1, 1, 1, 0, 1, 'f32', 'f32'))).to.throw();
+      expect(current()).to.equal(gemm);
+    } finally {
+      device.close();
+    }
+  });
 
   it('decode takes in a long prompt, goes on from it, and gives the ratio to a peer at the same batch and context', async () => {
     const peer = printing('peer', 'compiling\n{"batch": 2, "context": 64, "tokens_per_s": 10}\n{"batch": 1, "context": 64, "tokens_per_s": 1e9}\n');

@@ -411,6 +411,7 @@ __global__ void __launch_bounds__(128 * (DKV_GROUPS + 1), 1)
     wgmma_commit();
     wgmma_wait<1>(); /* dK and dV of the turn before are done too */
     settle(s), settle(dk), settle(dv), settle(p), settle(ds);
+    __syncwarp(); /* every lane has read its row sums there */
     if (before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);
     const bool edge = i0 < k0 + warp * 16 + 15 || i0 + TURN > a.S;
     const int low = row0 - i0 - (lane & 3) * 2, high = a.S - i0 - (lane & 3) * 2; /* columns that count, of the first row: low .. high - 1 */

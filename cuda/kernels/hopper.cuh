@@ -22,6 +22,9 @@
  * bytes; what lies outside reads as 0. False where the driver or the engine cannot. */
 bool nn_tensor_map(CUtensorMap *map, const void *matrix, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
                    int64_t group_stride, int box_rows);
+/* The same of float32 matrices and boxes of 32 columns, 128 bytes as well. */
+bool nn_tensor_map_f32(CUtensorMap *map, const void *matrix, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
+                       int64_t group_stride, int box_rows);
 
 #if NN_HOPPER
 
@@ -46,6 +49,11 @@ __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarr
 /* Makes this thread's ordinary writes to shared memory visible to wgmma and the copy engine. */
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+/* Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l%8 of matrix l/8. */
+__device__ __forceinline__ void store_matrices(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 /* ---- copies -------------------------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap *map, uint32_t barrier, int column, int row, int group) {
@@ -54,6 +62,22 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap *
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(group)
       : "memory");
 }
+/* A box of shared memory to memory; what lies outside is left out. Part of the thread's open group of copies. */
+__device__ __forceinline__ void tensor_store(const CUtensorMap *map, uint32_t shared, int column, int row, int group) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(shared), "r"(column), "r"(row),
+               "r"(group)
+               : "memory");
+}
+/* The same, but float32 is added to what is there, where the memory is: in a fixed order if no one else writes there. Subnormal sums become 0. */
+__device__ __forceinline__ void tensor_add(const CUtensorMap *map, uint32_t shared, int column, int row, int group) {
+  asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(shared), "r"(column),
+               "r"(row), "r"(group)
+               : "memory");
+}
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+/* Until all but the newest N groups of the thread have read their shared memory. */
+template <int N>
+__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -1,5 +1,5 @@
 /* moe.cu: the mixture of experts: sorting slots by expert, the grouped products as Products (gather in the loads, SwiGLU in the
- * epilogues, but its backward on Hopper in a kernel of its own), and the sum of a token's slots in the order of its choices. Offsets are read on the device only.
+ * epilogues), and the sum of a token's slots in the order of its choices. Offsets are read on the device only.
  */
 #include "product.cuh"
 #include "sort.cuh"
@@ -98,56 +98,6 @@ __global__ void sum_dots_kernel(float *dweight, const float *row_dots, const int
   dweight[slot] = sum;
 }
 
-/* From dh [slots, F], which lies in weighted_h and is overwritten: dSwiGLU, the weighted h (computed again from gate_up) and the
- * gradient of the slot's weight, a block a slot. Each thread has the 16-byte loads of MOST columns' packs in flight at once; the row's
- * sum has one order. dgate_up may be gate_up: a thread stores only where it alone has loaded. */
-__global__ void __launch_bounds__(256)
-    swiglu_backward_rows_kernel(bf16 *dgate_up, bf16 *weighted_h, float *dweight, const bf16 *gate_up, const int32_t *slot_token,
-                                const float *slot_weight, const int32_t *slot_of, int F, int K) {
-  constexpr int MOST = 3;
-  __shared__ float sums[32];
-  const int64_t slot = blockIdx.x;
-  const int packs = F / 8;
-  const float w = slot_weight[slot];
-  const uint4 *gates = reinterpret_cast<const uint4 *>(gate_up + slot * 2 * F), *ups = gates + packs;
-  uint4 *dgates = reinterpret_cast<uint4 *>(dgate_up + slot * 2 * F), *dups = dgates + packs;
-  uint4 *hs = reinterpret_cast<uint4 *>(weighted_h + slot * F);
-  float sum = 0.0f;
-  for (int first = threadIdx.x; first < packs; first += 256 * MOST) {
-    uint4 gate[MOST], up[MOST], dh[MOST];
-#pragma unroll
-    for (int i = 0; i < MOST; i++) {
-      const int at = first + i * 256;
-      if (at < packs) gate[i] = gates[at], up[i] = ups[at], dh[i] = hs[at];
-    }
-#pragma unroll
-    for (int i = 0; i < MOST; i++) {
-      const int at = first + i * 256;
-      if (at >= packs) break;
-      uint32_t g4[4] = {gate[i].x, gate[i].y, gate[i].z, gate[i].w}, u4[4] = {up[i].x, up[i].y, up[i].z, up[i].w};
-      uint32_t d4[4] = {dh[i].x, dh[i].y, dh[i].z, dh[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float2 d = unpack_bf16(d4[j]), g = unpack_bf16(g4[j]), u = unpack_bf16(u4[j]);
-        const float sx = sigmoid<bf16>(g.x), sy = sigmoid<bf16>(g.y), wx = w * d.x, wy = w * d.y;
-        const float2 h = unpack_bf16(pack_bf16(swiglu<bf16>(g.x, u.x), swiglu<bf16>(g.y, u.y)));
-        sum += d.x * h.x + d.y * h.y;
-        d4[j] = pack_bf16(w * h.x, w * h.y);
-        g4[j] = pack_bf16(wx * u.x * silu_derivative(g.x, sx), wy * u.y * silu_derivative(g.y, sy));
-        u4[j] = pack_bf16(wx * g.x * sx, wy * g.y * sy);
-      }
-      dgates[at] = make_uint4(g4[0], g4[1], g4[2], g4[3]), dups[at] = make_uint4(u4[0], u4[1], u4[2], u4[3]);
-      hs[at] = make_uint4(d4[0], d4[1], d4[2], d4[3]);
-    }
-  }
-  sum = block_sum(sum, sums);
-  if (threadIdx.x == 0) {
-    const int32_t *choices = slot_of + (int64_t)slot_token[slot] * K;
-    for (int k = 0; k < K; k++)
-      if (choices[k] == slot) dweight[choices + k - slot_of] = sum;
-  }
-}
-
 /* ---- launchers ----------------------------------------------------------------------------------------------- */
 
 #define MOE_SIZES_FIT (T >= 0 && H >= 0 && F >= 0 && E >= 1 && E < (1 << 20) && K >= 0 && valid(dtype))
@@ -188,7 +138,7 @@ nn_status nn_moe_up_forward(nn_context *context, void *h, void *gate_up, const v
   Product p = make_product(gate_up, x, gate_up_weight, T * K, F, H, dtype, dtype);
   p.grouping = GROUP_ROWS, p.groups = (int)E, p.offsets = offsets;
   p.a_rows = slot_token, p.a_row_count = T, p.b_stride = 2 * F * H;
-  p.epilogue = SWIGLU, p.h_out = h, p.m_fastest = 1;
+  p.epilogue = SWIGLU, p.h_out = h;
   return nn_run_product(context, p, __func__);
 }
 
@@ -223,16 +173,6 @@ nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weight
                                int64_t E, int64_t K, nn_dtype dtype) {
   NN_ENTER(context, MOE_SIZES_FIT);
   if (T * K == 0) return NN_OK;
-  if (dtype == NN_BF16 && context->capability == 90 && F >= 64 && F % 8 == 0 && aligned16(dgate_up) && aligned16(weighted_h) && aligned16(gate_up)) {
-    /* dh goes through memory, rounded to bf16: more bytes than in an epilogue, but no multiplier waits for them. */
-    Product p = make_product(weighted_h, dout, down_weight, T * K, F, H, dtype, dtype);
-    p.grouping = GROUP_ROWS, p.groups = (int)E, p.offsets = offsets;
-    p.a_rows = slot_token, p.a_row_count = T, p.b_mn = 1, p.ldb = F, p.b_stride = H * F, p.m_fastest = 1;
-    NN_TRY(nn_run_product(context, p, __func__));
-    swiglu_backward_rows_kernel<<<(unsigned)(T * K), 256, 0, context->stream>>>((bf16 *)dgate_up, (bf16 *)weighted_h, dweight, (const bf16 *)gate_up,
-                                                                              slot_token, slot_weight, slot_of, (int)F, (int)K);
-    NN_LEAVE(context);
-  }
   Scratch scratch(context);
   float *row_dots = scratch.take<float>(T * K * most_dot_parts(F));
   NN_SCRATCH(context, scratch);
@@ -240,7 +180,7 @@ nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weight
   p.grouping = GROUP_ROWS, p.groups = (int)E, p.offsets = offsets;
   p.a_rows = slot_token, p.a_row_count = T, p.b_mn = 1, p.ldb = F, p.b_stride = H * F;
   p.epilogue = SWIGLU_BACKWARD, p.gate_up = gate_up, p.h = h, p.weighted_h = weighted_h, p.slot_weight = slot_weight;
-  p.row_dots = row_dots, p.m_fastest = 1;
+  p.row_dots = row_dots;
   NN_TRY(nn_run_product(context, p, __func__));
   sum_dots_kernel<<<(unsigned)ceil_div(T * K, 256), 256, 0, context->stream>>>(dweight, row_dots, slot_of, T * K, F > 0 ? p.dot_parts : 0);
   NN_LEAVE(context);

@@ -19,7 +19,7 @@ enum Grouping { WHOLE, GROUP_ROWS, GROUP_DEPTH, SPLIT_DEPTH };
 enum Epilogue {
   STORE,           /* c = alpha * product + beta * c, in out_dtype */
   SWIGLU,          /* B's rows are [gate (n) | up (n)]: h = silu(gate) * up, c (may be NULL) = [gate | up] */
-  SWIGLU_BACKWARD, /* the product is dh [rows, n]: c = dgate_up, weighted_h, and row_dots (see nn_moe_down_backward); not of product_wgmma.cu */
+  SWIGLU_BACKWARD, /* the product is dh [rows, n]: c = dgate_up, weighted_h, and row_dots (see nn_moe_down_backward) */
 };
 
 struct Product {

@@ -7,21 +7,20 @@
  *   multiplier    wait full[s] -> 4 x wgmma -> (one step later, when they are done) empty[s]
  *
  * Gathered rows are copied by the loader's 128 threads; each waits for its own copies a few steps later, makes them visible to the
- * tensor cores and then arrives at full[s]. fast.cu (pranjalssh) and CUTLASS's warp-specialised kernels are the models.
+ * tensor cores and then arrives at full[s]. How results leave: wgmma_epilogues.cuh. For SWIGLU_BACKWARD gate and up follow a tile's operands
+ * through the same stages; dSwiGLU is done there in place, and a stage is free when the copy engine has read its results.
+ * fast.cu (pranjalssh) and CUTLASS's warp-specialised kernels are the models.
  */
 #include <cuda.h>
 
-#include "hopper.cuh"
-#include "product.cuh"
+#include "wgmma_epilogues.cuh"
 
-const int BM = 128, BK = 64, A_BYTES = BM * BK * 2, THREADS = 384;
-const int PITCH = 144; /* bytes of a row of 64 bf16 in a warp's staging memory, padded against bank conflicts */
-const int STAGING_BYTES = 8 * 16 * PITCH;
+const int BK = 64, THREADS = 384;
 const int64_t PACK_ROWS = 2048; /* from so many gathered rows on they are packed before the product */
 
 enum Gather { GATHER_NONE, GATHER_A, GATHER_B };
 
-constexpr int shared_bytes(int bn, int stages) { return 1024 + stages * (A_BYTES + bn * BK * 2) + STAGING_BYTES; }
+constexpr int shared_bytes(int bn, int stages) { return 1024 + stages * (A_BYTES + bn * BK * 2) + BOXES_BYTES; }
 
 /* ---- kernel: the loader -------------------------------------------------------------------------------------- */
 
@@ -90,83 +89,7 @@ struct Gatherer {
   }
 };
 
-/* ---- kernel: epilogues --------------------------------------------------------------------------------------- */
-
-/* 16 rows by 64 columns of bf16 pairs leave a warp's registers: through its staging memory, so that rows go out in 16-byte pieces.
- * value(j, half): the packed pair of columns 8*j + 2*(lane%4) of row lane/4 + 8*half. */
-template <typename Value>
-__device__ __forceinline__ void store_rows(unsigned char *staging, bf16 *out, int64_t ld, int rows, int columns, Value value) {
-  const int lane = threadIdx.x & 31;
-  __syncwarp();
-#pragma unroll
-  for (int j = 0; j < 8; j++)
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      *reinterpret_cast<uint32_t *>(staging + ((lane >> 2) + half * 8) * PITCH + j * 16 + (lane & 3) * 4) = value(j, half);
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int row = i * 4 + (lane >> 3), column = (lane & 7) * 8;
-    if (row < rows && column < columns)
-      *reinterpret_cast<uint4 *>(out + row * ld + column) = *reinterpret_cast<const uint4 *>(staging + row * PITCH + column * 2);
-  }
-}
-
-/* Writes a warp's 16 rows (from row0 of C) of the tile. */
-template <int BN, int EPILOGUE>
-__device__ __forceinline__ void finish(const Product &p, const Tile &tile, float (&d)[BN / 2], unsigned char *staging, int64_t row0) {
-  const int lane = threadIdx.x & 31;
-  const int rows = (int)max((int64_t)0, min((int64_t)16, tile.m_end - row0));
-  if (EPILOGUE == STORE) {
-    if (p.out_dtype == NN_BF16) {
-      bf16 *out = (bf16 *)p.c + tile.group * p.c_stride + row0 * p.ldc + tile.n0;
-#pragma unroll
-      for (int part = 0; part < BN / 64; part++)
-        store_rows(staging, out + part * 64, p.ldc, rows, (int)p.n - tile.n0 - part * 64, [&](int j, int half) {
-          const int at = part * 32 + j * 4 + half * 2;
-          return pack_bf16(p.alpha * d[at], p.alpha * d[at + 1]);
-        });
-    } else {
-      float *out = (float *)p.c + tile.group * p.c_stride + (row0 + (lane >> 2)) * p.ldc + tile.n0 + (lane & 3) * 2;
-      const int left = (int)p.n - tile.n0 - (lane & 3) * 2; /* n is even here */
-#pragma unroll
-      for (int part = 0; part < BN / 64; part++) {
-        float2 old[16];
-        if (p.beta != 0.0f) {
-#pragma unroll
-          for (int j = 0; j < 16; j++) {
-            const int column = part * 64 + (j >> 1) * 8, half = j & 1;
-            if ((lane >> 2) + half * 8 < rows && column < left) old[j] = *reinterpret_cast<const float2 *>(out + half * 8 * p.ldc + column);
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-          const int column = part * 64 + (j >> 1) * 8, half = j & 1;
-          float2 value = make_float2(p.alpha * d[part * 32 + (j >> 1) * 4 + half * 2], p.alpha * d[part * 32 + (j >> 1) * 4 + half * 2 + 1]);
-          if (p.beta != 0.0f) value.x += p.beta * old[j].x, value.y += p.beta * old[j].y;
-          if ((lane >> 2) + half * 8 < rows && column < left) *reinterpret_cast<float2 *>(out + half * 8 * p.ldc + column) = value;
-        }
-      }
-    }
-  } else {
-    const int left = (int)p.n - tile.n0;
-#pragma unroll
-    for (int part = 0; part < BN / 128; part++) {
-      const int gate = part * 32, up = BN / 4 + part * 32, columns = left - part * 64;
-      if (p.c) {
-        bf16 *out = (bf16 *)p.c + row0 * 2 * p.n + tile.n0 + part * 64;
-        store_rows(staging, out, 2 * p.n, rows, columns,
-                   [&](int j, int half) { return pack_bf16(d[gate + j * 4 + half * 2], d[gate + j * 4 + half * 2 + 1]); });
-        store_rows(staging, out + p.n, 2 * p.n, rows, columns,
-                   [&](int j, int half) { return pack_bf16(d[up + j * 4 + half * 2], d[up + j * 4 + half * 2 + 1]); });
-      }
-      store_rows(staging, (bf16 *)p.h_out + row0 * p.n + tile.n0 + part * 64, p.n, rows, columns, [&](int j, int half) {
-        const int g = gate + j * 4 + half * 2, u = up + j * 4 + half * 2;
-        return pack_bf16(swiglu<bf16>(rounded<bf16>(d[g]), rounded<bf16>(d[u])), swiglu<bf16>(rounded<bf16>(d[g + 1]), rounded<bf16>(d[u + 1])));
-      });
-    }
-  }
-}
+/* ---- kernel: the order of the tiles --------------------------------------------------------------------------- */
 
 /* find_tile for rising numbers: goes on from the group of the tile before. */
 template <int BM, int BN>
@@ -215,14 +138,14 @@ __global__ void __launch_bounds__(256)
 
 template <int BN, int STAGES, bool AMN, bool BMN, int GATHER, int EPILOGUE>
 __global__ void __launch_bounds__(THREADS, 1)
-    wgmma_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, int packed,
-                 const __grid_constant__ Product p) {
+    wgmma_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+                 const __grid_constant__ CUtensorMap map_gate_up, const __grid_constant__ CUtensorMap map_c,
+                 const __grid_constant__ CUtensorMap map_h, int packed, const __grid_constant__ Product p) {
 #if NN_HOPPER
   constexpr int B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES, COLUMNS = EPILOGUE == SWIGLU ? BN / 2 : BN;
   extern __shared__ unsigned char memory[];
   __shared__ __align__(8) uint64_t barriers[2 * STAGES];
-  unsigned char *aligned = (unsigned char *)(((uintptr_t)memory + 1023) & ~(uintptr_t)1023);
-  const uint32_t shared = shared_address(aligned), full = shared_address(barriers), empty = full + 8 * STAGES;
+  const uint32_t shared = (shared_address(memory) + 1023) & ~1023u, full = shared_address(barriers), empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, GATHER == GATHER_NONE ? 1 : 129);
@@ -250,6 +173,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       if (GATHER == GATHER_B) gatherer.tile(tile.n0, p.n, tile.k0, tile.k_end);
       const int shift = packed ? packed_start(p.offsets, tile.group) - (int)tile.k0 : 0;
       const int shift_a = packed == GATHER_A ? shift : 0, shift_b = packed == GATHER_B ? shift : 0;
+      const int pieces = EPILOGUE == SWIGLU_BACKWARD ? min(BN / 64, ((int)p.n - tile.n0) / 64) : 0;
       for (int64_t k = tile.k0; k < tile.k_end; k += BK) {
         const uint32_t stage_a = shared + stage * STAGE_BYTES, stage_b = stage_a + A_BYTES;
         barrier_wait(empty + 8 * stage, phase);
@@ -273,6 +197,15 @@ __global__ void __launch_bounds__(THREADS, 1)
         }
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
+      /* Gate and up follow the operands through the same stages, 64 columns each. */
+      for (int piece = 0; piece < pieces; piece++) {
+        const uint32_t at = shared + stage * STAGE_BYTES;
+        barrier_wait(empty + 8 * stage, phase);
+        barrier_expect(full + 8 * stage, 2 * A_BYTES);
+        tensor_copy(at, &map_gate_up, full + 8 * stage, tile.n0 + piece * 64, (int)tile.m0, 0);
+        tensor_copy(at + A_BYTES, &map_gate_up, full + 8 * stage, (int)p.n + tile.n0 + piece * 64, (int)tile.m0, 0);
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
     }
     if (GATHER != GATHER_NONE) {
       cp_async_wait<0>();
@@ -285,13 +218,31 @@ __global__ void __launch_bounds__(THREADS, 1)
   } else {
     registers_up<232>();
     const int half = group - 1, warp = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
-    unsigned char *staging = aligned + STAGES * STAGE_BYTES + (half * 4 + warp) * 16 * PITCH;
-    int stage = 0;
+    const uint32_t boxes = shared + STAGES * STAGE_BYTES + (half * 4 + warp) * 2 * BOX_BYTES;
+    int stage = 0, late = -1; /* late: a stage whose stores may still read it */
     uint32_t phase = 0;
     float d[BN / 2];
+    /* A stage is free when its results have been read, by the copy engine or by every lane. */
+    auto release_stored = [&](int which, bool newest) {
+      __syncwarp();
+      if (lane != 0) return;
+      if (newest)
+        store_wait_read<0>();
+      else
+        store_wait_read<1>();
+      barrier_arrive(empty + 8 * which);
+    };
     for (int64_t index = blockIdx.x; walk.find(p, index, tile); index += gridDim.x) {
       if (tile.k0 >= tile.k_end && p.grouping == GROUP_DEPTH && p.beta == 1.0f) continue;
       int before = -1;
+      const int64_t row0 = tile.m0 + half * 64 + warp * 16;
+      const int rows = (int)max((int64_t)0, min((int64_t)16, tile.m_end - row0));
+      float weight[2] = {0.0f, 0.0f};
+      if (EPILOGUE == SWIGLU_BACKWARD) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if ((lane >> 2) + i * 8 < rows) weight[i] = p.slot_weight[row0 + (lane >> 2) + i * 8];
+      }
       for (int64_t k = tile.k0; k < tile.k_end; k += BK) {
         const uint32_t stage_a = shared + stage * STAGE_BYTES + half * 8192, stage_b = shared + stage * STAGE_BYTES + A_BYTES;
         barrier_wait(full + 8 * stage, phase);
@@ -305,25 +256,66 @@ __global__ void __launch_bounds__(THREADS, 1)
           wgmma_wait<1>();
           if (lane == 0) barrier_arrive(empty + 8 * before);
         }
+        if (EPILOGUE == SWIGLU_BACKWARD && late >= 0) release_stored(late, true), late = -1;
         before = stage;
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
       wgmma_wait<0>();
       if (before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);
-      if (before < 0) {
+      if (AMN && before < 0) { /* only GROUP_DEPTH has tiles without a step */
 #pragma unroll
         for (int i = 0; i < BN / 2; i++) d[i] = 0.0f;
       }
-      finish<BN, EPILOGUE>(p, tile, d, staging, tile.m0 + half * 64 + warp * 16);
+      if (EPILOGUE != SWIGLU_BACKWARD) {
+        finish<BN, EPILOGUE>(p, tile, d, boxes, row0, rows, &map_c, &map_h);
+      } else {
+        float dots[2] = {0.0f, 0.0f};
+        const int pieces = min(BN / 64, ((int)p.n - tile.n0) / 64);
+#pragma unroll
+        for (int piece = 0; piece < BN / 64; piece++) {
+          if (piece < pieces) {
+            const uint32_t offset = stage * STAGE_BYTES + (half * 64 + warp * 16) * 128;
+            const int column = tile.n0 + piece * 64;
+            barrier_wait(full + 8 * stage, phase);
+            swiglu_backward_piece(shared + offset, d + piece * 32, weight, dots);
+            fence_async_shared();
+            __syncwarp();
+            if (rows == 16) {
+              if (lane == 0) {
+                tensor_store(&map_c, shared + offset, column, (int)row0, 0);
+                tensor_store(&map_c, shared + offset + A_BYTES, (int)p.n + column, (int)row0, 0);
+                tensor_store(&map_h, shared + offset + 2 * A_BYTES, column, (int)row0, 0);
+              }
+            } else {
+              bf16 *out = (bf16 *)p.c + row0 * 2 * p.n + column;
+              copy_box(out, 2 * p.n, shared + offset, rows, 64);
+              copy_box(out + p.n, 2 * p.n, shared + offset + A_BYTES, rows, 64);
+              copy_box((bf16 *)p.weighted_h + row0 * p.n + column, p.n, shared + offset + 2 * A_BYTES, rows, 64);
+            }
+            if (lane == 0) store_commit();
+            if (late >= 0) release_stored(late, false);
+            late = stage;
+            if (++stage == STAGES) stage = 0, phase ^= 1;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          dots[i] += __shfl_xor_sync(0xffffffffu, dots[i], 1);
+          dots[i] += __shfl_xor_sync(0xffffffffu, dots[i], 2);
+          if ((lane & 3) == 0 && (lane >> 2) + i * 8 < rows) p.row_dots[(row0 + (lane >> 2) + i * 8) * p.dot_parts + tile.n0 / BN] = dots[i];
+        }
+      }
     }
+    if (EPILOGUE == SWIGLU_BACKWARD && late >= 0) release_stored(late, true);
+    if (lane == 0) store_wait_read<0>(); /* the block's memory must stay until then */
   }
 #endif
 }
 
 /* ---- launcher ------------------------------------------------------------------------------------------------ */
 
-bool nn_tensor_map(CUtensorMap *map, const void *matrix, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
-                   int64_t group_stride, int box_rows) {
+static bool encode_map(CUtensorMap *map, const void *matrix, int bytes, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
+                       int64_t group_stride, int box_rows) {
   typedef CUresult (*Encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
                              const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                              CUtensorMapFloatOOBfill);
@@ -338,15 +330,42 @@ bool nn_tensor_map(CUtensorMap *map, const void *matrix, int64_t columns, int64_
   }
   if (groups <= 1) groups = 1, group_stride = rows * row_stride;
   cuuint64_t sizes[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)groups};
-  cuuint64_t strides[2] = {(cuuint64_t)row_stride * 2, (cuuint64_t)group_stride * 2};
-  cuuint32_t box[3] = {64, (cuuint32_t)box_rows, 1}, steps[3] = {1, 1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)matrix, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  cuuint64_t strides[2] = {(cuuint64_t)row_stride * bytes, (cuuint64_t)group_stride * bytes};
+  cuuint32_t box[3] = {(cuuint32_t)(128 / bytes), (cuuint32_t)box_rows, 1}, steps[3] = {1, 1, 1};
+  return encode(map, bytes == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)matrix, sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool nn_tensor_map(CUtensorMap *map, const void *matrix, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
+                   int64_t group_stride, int box_rows) {
+  return encode_map(map, matrix, 2, columns, rows, groups, row_stride, group_stride, box_rows);
+}
+bool nn_tensor_map_f32(CUtensorMap *map, const void *matrix, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
+                       int64_t group_stride, int box_rows) {
+  return encode_map(map, matrix, 4, columns, rows, groups, row_stride, group_stride, box_rows);
+}
+
+/* The results in boxes of 16 rows. */
+template <int EPILOGUE>
+static bool map_results(const Product &p, CUtensorMap *map_c, CUtensorMap *map_h) {
+  if (EPILOGUE != STORE) {
+    void *h = EPILOGUE == SWIGLU ? p.h_out : p.weighted_h;
+    return (!p.c || nn_tensor_map(map_c, p.c, 2 * p.n, p.m, 1, 2 * p.n, 0, 16)) && nn_tensor_map(map_h, h, p.n, p.m, 1, p.n, 0, 16);
+  }
+  const int64_t groups = p.grouping == GROUP_ROWS ? 1 : p.groups;
+  if (p.out_dtype == NN_BF16) return nn_tensor_map(map_c, p.c, p.n, p.m, groups, p.ldc, p.c_stride, 16);
+  return p.grouping != GROUP_ROWS && (p.beta == 0.0f || p.beta == 1.0f) && nn_tensor_map_f32(map_c, p.c, p.n, p.m, groups, p.ldc, p.c_stride, 16);
 }
 
 template <int BN, int STAGES, bool AMN, bool BMN, int GATHER, int EPILOGUE>
 static nn_status launch(nn_context *context, Product &p, int packed) {
-  CUtensorMap map_a = {}, map_b = {};
+  CUtensorMap map_a = {}, map_b = {}, map_gate_up = {}, map_c = {}, map_h = {};
+  if (EPILOGUE == SWIGLU_BACKWARD) {
+    p.dot_parts = (int)ceil_div(p.n, BN);
+    if (!nn_tensor_map(&map_gate_up, p.gate_up, 2 * p.n, p.m, 1, 2 * p.n, 0, BM)) return NN_ERROR_UNSUPPORTED;
+  }
+  if (!map_results<EPILOGUE>(p, &map_c, &map_h)) return NN_ERROR_UNSUPPORTED;
   const bool batch = p.grouping == WHOLE && p.groups > 1, weights = batch || p.grouping == GROUP_ROWS;
   if (GATHER != GATHER_A && !nn_tensor_map(&map_a, p.a, AMN ? p.m : p.k, packed == GATHER_A ? p.a_row_count : AMN ? p.k : p.m, batch ? p.groups : 1, p.lda, p.a_stride, AMN ? 64 : BM))
     return NN_ERROR_UNSUPPORTED;
@@ -358,7 +377,7 @@ static nn_status launch(nn_context *context, Product &p, int packed) {
   auto kernel = wgmma_kernel<BN, STAGES, AMN, BMN, GATHER, EPILOGUE>;
   NN_CUDA(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   int64_t tiles = most_tiles<BM, EPILOGUE == SWIGLU ? BN / 2 : BN>(p), most = context->multiprocessors;
-  kernel<<<(unsigned)(tiles < most ? tiles : most), THREADS, bytes, context->stream>>>(map_a, map_b, packed, p);
+  kernel<<<(unsigned)(tiles < most ? tiles : most), THREADS, bytes, context->stream>>>(map_a, map_b, map_gate_up, map_c, map_h, packed, p);
   return NN_OK;
 }
 
@@ -369,6 +388,7 @@ static void pack(nn_context *context, Product &p, int *packed) {
   if (slots < PACK_ROWS) return;
   const int64_t count = depth ? ceil_div(slots, BK) * BK + (int64_t)BK * p.groups : slots;
   Scratch scratch(context);
+  if (p.row_dots) scratch.take<float>(p.m * most_dot_parts(p.n)); /* the caller's, at the start of the workspace */
   bf16 *rows = scratch.take<bf16>(count * width);
   if (!scratch.fits()) return;
   pack_kernel<<<(unsigned)ceil_div(count, 8), 256, 0, context->stream>>>(rows, (const bf16 *)(p.b_rows ? p.b : p.a), p.b_rows ? p.b_rows : p.a_rows,
@@ -392,7 +412,11 @@ nn_status nn_product_wgmma(nn_context *context, Product &p) {
     pack(context, p, &packed);
     return p.a_rows ? LAUNCH(false, false, GATHER_A, SWIGLU) : LAUNCH(false, false, GATHER_NONE, SWIGLU);
   }
-  if (p.epilogue != STORE) return NN_ERROR_UNSUPPORTED;
+  if (p.epilogue == SWIGLU_BACKWARD) {
+    if (p.a_mn || !p.b_mn || !p.a_rows || p.n % 64 || !aligned16(p.weighted_h) || !aligned16(p.gate_up)) return NN_ERROR_UNSUPPORTED;
+    pack(context, p, &packed);
+    return p.a_rows ? NN_ERROR_UNSUPPORTED : LAUNCH(false, true, GATHER_NONE, SWIGLU_BACKWARD);
+  }
   if (p.grouping == GROUP_DEPTH) { /* the gathered operand's zeros mask the depths of the next group */
     if (!p.a_mn || !p.b_mn || (p.a_rows == NULL) == (p.b_rows == NULL)) return NN_ERROR_UNSUPPORTED;
     pack(context, p, &packed);

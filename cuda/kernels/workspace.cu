@@ -14,7 +14,7 @@ extern "C" nn_status nn_workspace_bytes(nn_context *context, int64_t *bytes, int
   int64_t most = SPLIT_WORKSPACE; /* also enough for nn_grad_norm of 2^34 elements */
   auto need = [&](int64_t wanted) { most = wanted > most ? wanted : most; };
   need(264 * H * 4);                                                        /* nn_rmsnorm_backward */
-  need(T * K * most_dot_parts(F) * 4);                                      /* nn_moe_down_backward */
+  need(T * K * most_dot_parts(F) * 4 + T * K * H * size);                   /* nn_moe_down_backward, its gathered rows packed */
   need((T * K + 64 * (E + 1)) * H * size);                                  /* gathered rows, packed; of nn_moe_*_weight_gradient padded */
   need(ceil_div(T * K, SORT_BLOCK) * E * 4);                                /* nn_moe_permute */
   need(ceil_div(T, SORT_BLOCK) * SORT_BINS * 4 + 2 * T * 4);                /* nn_scatter_add */

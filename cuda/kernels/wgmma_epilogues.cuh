@@ -1,0 +1,172 @@
+/* wgmma_epilogues.cuh: how a warp of product_wgmma.cu turns its accumulators into results: 16 rows of a tile, accumulators as wgmma leaves
+ * them (hopper.cuh). A piece of 16 rows by 128 bytes is put together in a box of shared memory, which the copy engine takes away while the
+ * warp goes on with the next; bf16 pieces that are not whole, where a group's rows or the columns end, the warp takes away itself. Float32 is
+ * added to what is there in the L2 cache: each element by one warp once a call, so that its sum has one order.
+ */
+#pragma once
+
+#include "hopper.cuh"
+#include "product.cuh"
+
+const int BM = 128, A_BYTES = BM * 64 * 2;                         /* rows of a tile; bytes of a stage's A: 64 depths */
+const int BOX_BYTES = 16 * 128, BOXES_BYTES = 8 * 2 * BOX_BYTES; /* two boxes a warp, for 8 warps */
+
+#if NN_HOPPER
+
+/* ---- boxes: 16 rows of 128 bytes, swizzled as the operands (hopper.cuh) -------------------------------------- */
+
+/* A box of a warp's staging memory, free to be written: the box before may still be read by the copy engine. */
+__device__ __forceinline__ uint32_t next_box(uint32_t staging, int box) {
+  if ((threadIdx.x & 31) == 0) store_wait_read<1>();
+  __syncwarp();
+  return staging + (box & 1) * BOX_BYTES;
+}
+
+/* Sends a box that the whole warp has written. ADD: float32, added to what is there. */
+template <bool ADD>
+__device__ __forceinline__ void send_box(const CUtensorMap *map, uint32_t box, int column, int64_t row, int group) {
+  fence_async_shared();
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) {
+    if (ADD)
+      tensor_add(map, box, column, (int)row, group);
+    else
+      tensor_store(map, box, column, (int)row, group);
+    store_commit();
+  }
+}
+
+/* 16 rows by 64 columns of bf16 pairs into a box. value(j, half): columns 8*j + 2*(lane%4) and the next of row lane/4 + 8*half. */
+template <typename Value>
+__device__ __forceinline__ void fill_box(uint32_t box, Value value) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int j = 0; j < 8; j++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = (lane >> 2) + half * 8;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(box + row * 128 + ((j ^ (row & 7)) << 4) + (lane & 3) * 4), "r"(value(j, half)) : "memory");
+    }
+}
+
+/* 16 rows by 32 columns of float32 (d: 4 blocks of 8 columns) into a box. Odd rows go two blocks apart: no two lanes in one bank. */
+__device__ __forceinline__ void fill_box(uint32_t box, const float *d, float alpha) {
+  const int lane = threadIdx.x & 31, odd = (lane >> 2) & 1;
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = (lane >> 2) + half * 8;
+      const float *low = d + j * 4 + half * 2, *high = low + 8;
+#pragma unroll
+      for (int turn = 0; turn < 2; turn++) {
+        const int block = j + ((odd ^ turn) << 1);
+        const float x = alpha * (odd ^ turn ? high[0] : low[0]), y = alpha * (odd ^ turn ? high[1] : low[1]);
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(box + row * 128 + (((block * 2 + ((lane & 3) >> 1)) ^ (row & 7)) << 4) + (lane & 1) * 8),
+                     "f"(x), "f"(y)
+                     : "memory");
+      }
+    }
+}
+
+/* The first `rows` rows and `columns` columns of a bf16 box to memory, in 16-byte pieces; columns are a multiple of 8. */
+__device__ __forceinline__ void copy_box(bf16 *out, int64_t ld, uint32_t box, int rows, int columns) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = i * 4 + (lane >> 3);
+    uint4 piece;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+                 : "r"(box + row * 128 + (((lane & 7) ^ (row & 7)) << 4))
+                 : "memory");
+    if (row < rows && (lane & 7) * 8 < columns) *reinterpret_cast<uint4 *>(out + row * ld + (lane & 7) * 8) = piece;
+  }
+}
+
+/* ---- epilogues ----------------------------------------------------------------------------------------------- */
+
+/* Writes `rows` rows from row0 of the tile. map_c, map_h: C (for SWIGLU gate_up) and h in boxes. boxes: the warp's, both free or on their way. */
+template <int BN, int EPILOGUE>
+__device__ __forceinline__ void finish(const Product &p, const Tile &tile, const float (&d)[BN / 2], uint32_t boxes, int64_t row0, int rows,
+                                       const CUtensorMap *map_c, const CUtensorMap *map_h) {
+  const int group = p.grouping == GROUP_ROWS ? 0 : tile.group;
+  int turn = 0; /* even at the end of every tile */
+  auto piece = [&](const CUtensorMap *map, bf16 *out, int64_t ld, int column, int columns, auto value) {
+    const uint32_t box = next_box(boxes, turn++);
+    fill_box(box, value);
+    if (rows == 16 && columns >= 64) {
+      send_box<false>(map, box, column, row0, group);
+    } else {
+      __syncwarp();
+      copy_box(out + row0 * ld + column, ld, box, rows, columns);
+      if ((threadIdx.x & 31) == 0) store_commit(); /* a group of nothing: next_box counts two boxes back */
+    }
+  };
+  if (EPILOGUE == SWIGLU) {
+#pragma unroll
+    for (int part = 0; part < BN / 128; part++) {
+      const int gate = part * 32, up = BN / 4 + part * 32, column = tile.n0 + part * 64, columns = (int)p.n - column;
+      if (p.c) {
+        piece(map_c, (bf16 *)p.c, 2 * p.n, column, columns,
+              [&](int j, int half) { return pack_bf16(d[gate + j * 4 + half * 2], d[gate + j * 4 + half * 2 + 1]); });
+        piece(map_c, (bf16 *)p.c, 2 * p.n, (int)p.n + column, columns,
+              [&](int j, int half) { return pack_bf16(d[up + j * 4 + half * 2], d[up + j * 4 + half * 2 + 1]); });
+      }
+      piece(map_h, (bf16 *)p.h_out, p.n, column, columns, [&](int j, int half) {
+        const int g = gate + j * 4 + half * 2, u = up + j * 4 + half * 2;
+        return pack_bf16(swiglu<bf16>(rounded<bf16>(d[g]), rounded<bf16>(d[u])), swiglu<bf16>(rounded<bf16>(d[g + 1]), rounded<bf16>(d[u + 1])));
+      });
+    }
+  } else if (p.out_dtype == NN_BF16) {
+#pragma unroll
+    for (int part = 0; part < BN / 64; part++) {
+      const int column = tile.n0 + part * 64;
+      piece(map_c, (bf16 *)p.c + group * p.c_stride, p.ldc, column, (int)p.n - column, [&](int j, int half) {
+        const int at = part * 32 + j * 4 + half * 2;
+        return pack_bf16(p.alpha * d[at], p.alpha * d[at + 1]);
+      });
+    }
+  } else { /* never GROUP_ROWS: what lies outside C, the copy engine leaves out */
+#pragma unroll
+    for (int part = 0; part < BN / 32; part++) {
+      const uint32_t box = next_box(boxes, part);
+      fill_box(box, d + part * 16, p.alpha);
+      if (p.beta != 0.0f)
+        send_box<true>(map_c, box, tile.n0 + part * 32, row0, group);
+      else
+        send_box<false>(map_c, box, tile.n0 + part * 32, row0, group);
+    }
+  }
+}
+
+/* dSwiGLU of 16 rows by 64 columns, in place in a stage that holds gate and up [128 x 64, swizzled] behind each other: dh in d, then
+ * dgate, dup and the weighted h in memory. `base`: the warp's rows of gate. Adds dh . h of rows lane/4 and lane/4 + 8 to dots. */
+__device__ __forceinline__ void swiglu_backward_piece(uint32_t base, const float *d, const float (&weight)[2], float (&dots)[2]) {
+  const int lane = threadIdx.x & 31, row = (lane & 7) + (lane & 8);
+#pragma unroll
+  for (int i = 0; i < 4; i++) { /* matrices: columns 16i .. +8 of rows 0..7 and 8..15, then the next 8 columns */
+    const uint32_t at = base + row * 128 + (((2 * i + (lane >> 4)) ^ (lane & 7)) << 4);
+    uint32_t gate[4], up[4], h[4];
+    ldmatrix4(gate, at);
+    ldmatrix4(up, at + A_BYTES);
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+      const int half = m & 1;
+      const float2 dh = make_float2(d[(2 * i + (m >> 1)) * 4 + half * 2], d[(2 * i + (m >> 1)) * 4 + half * 2 + 1]);
+      const float2 g = unpack_bf16(gate[m]), u = unpack_bf16(up[m]);
+      const float sx = sigmoid<bf16>(g.x), sy = sigmoid<bf16>(g.y), wx = weight[half] * dh.x, wy = weight[half] * dh.y;
+      const float ax = __fmul_rn(g.x, sx), ay = __fmul_rn(g.y, sy); /* silu, whose derivative is s + silu * (1 - s) */
+      const float2 hv = unpack_bf16(pack_bf16(__fmul_rn(ax, u.x), __fmul_rn(ay, u.y)));
+      dots[half] += dh.x * hv.x + dh.y * hv.y;
+      h[m] = pack_bf16(weight[half] * hv.x, weight[half] * hv.y);
+      gate[m] = pack_bf16(wx * u.x * (sx + ax * (1.0f - sx)), wy * u.y * (sy + ay * (1.0f - sy)));
+      up[m] = pack_bf16(wx * ax, wy * ay);
+    }
+    store_matrices(at, gate[0], gate[1], gate[2], gate[3]);
+    store_matrices(at + A_BYTES, up[0], up[1], up[2], up[3]);
+    store_matrices(at + 2 * A_BYTES, h[0], h[1], h[2], h[3]);
+  }
+}
+
+#endif

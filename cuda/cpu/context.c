@@ -243,6 +243,7 @@ nn_status nn_workspace_bytes(nn_context *context, int64_t *bytes, int64_t T, int
   int64_t need = nn_rows_workspace_bytes(&sizes);
   need = nn_max64(need, nn_moe_workspace_bytes(&sizes));
   need = nn_max64(need, nn_linear_cross_entropy_workspace_bytes(&sizes));
+  need = nn_max64(need, nn_sample_workspace_bytes(context, &sizes));
   need += nn_decode_step_workspace_bytes(&sizes);
   *bytes = (need + 4095) & ~(int64_t)4095;
   return NN_OK;

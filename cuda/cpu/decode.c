@@ -74,11 +74,16 @@ static int32_t choose(candidate *heap, const float *logits, int64_t V, int64_t m
   return heap[V - taken].index;
 }
 
+/* A heap of all candidates for each thread that has a row. */
+int64_t nn_sample_workspace_bytes(const nn_context *context, const nn_sizes *z) {
+  return nn_min64(context->threads, z->T) * z->V * (int64_t)sizeof(candidate) + 256;
+}
+
 static nn_status sample(nn_context *context, int32_t *token, const float *logits, const int32_t *counter, int64_t B, int64_t V,
                         int64_t most, double share, float temperature, uint64_t seed) {
   nn_carve carve = nn_carve_begin(context);
   const int team = nn_team(context, B * V, 2048);
-  candidate *heaps = nn_carve_take(&carve, team * V * (int64_t)sizeof(candidate));
+  candidate *heaps = nn_carve_take(&carve, nn_min64(team, B) * V * (int64_t)sizeof(candidate)); /* the first B threads have a row each */
   NN_CARVE_CHECK(context, carve);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t b = 0; b < B; b++) {

@@ -106,6 +106,7 @@ typedef struct nn_sizes {
  * activations of T rows and a few vectors of H or V for each of 64 blocks. */
 int64_t nn_moe_workspace_bytes(const nn_sizes *sizes);
 int64_t nn_linear_cross_entropy_workspace_bytes(const nn_sizes *sizes);
+int64_t nn_sample_workspace_bytes(const nn_context *context, const nn_sizes *sizes); /* T sequences */
 int64_t nn_decode_step_workspace_bytes(const nn_sizes *sizes); /* beside what the entries of which a step is made take */
 static inline int64_t nn_rows_workspace_bytes(const nn_sizes *z) {
   int64_t row = 2 * z->H + 4 * (z->Q + 2 * z->G) * z->D + 2 * z->Q + 2 * z->E + 4 * z->K + 16;

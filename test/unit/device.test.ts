@@ -24,12 +24,34 @@ function failure(call: () => unknown): string {
 
 const cpu = { library: 'cpu', index: 0, threads: 1 } as const;
 
+/** One token a sequence from the same logits, by a CPU device of so many threads with just the workspace that it asks for. */
+function sampled(threads: number, B: number, V: number): number[] {
+  const device = Device.open({ ...cpu, threads });
+  try {
+    const bytes = device.workspaceBytes({ T: B, S: 1, H: 8, F: 8, E: 1, K: 1, V, Q: 1, G: 1, D: 8 }, 'f32');
+    device.setWorkspace(device.allocate('u8', bytes));
+    const [logits, counter, token] = [device.allocate('f32', B * V), device.allocate('i32', B), device.allocate('i32', B)];
+    device.kernels.randomNormal(logits, B * V, 1, 2, 0, 3);
+    device.upload(counter, Int32Array.from({ length: B }, (_, b) => b));
+    device.kernels.sample(token, logits, counter, B, V, 1, 7, 'f32');
+    const tokens = new Int32Array(B);
+    device.download(tokens, token);
+    return [...tokens];
+  } finally {
+    device.close();
+  }
+}
+
 describe('device', () => {
   let device: Device;
   before(() => {
     device = Device.open(cpu);
   });
   after(() => device.close());
+
+  it('has workspace to sample with more threads than sequences, and with fewer', () => {
+    for (const [B, V] of [[1, 32_000], [2, 32_000], [50, 3000]] as const) expect(sampled(24, B, V)).to.deep.equal(sampled(1, B, V));
+  });
 
   it('says what it is', () => {
     const { library, kind, index, memoryBytes, isa } = device.description;

@@ -84,8 +84,9 @@ const sanitizer = (tool: 'memcheck' | 'racecheck', what: string, grep: string, l
 });
 
 const SMALL = {
-  products: 'on cuda (gemm|moe)\\w* .*(97x61x53|15x33x17|128x264x128|129x512x192|T (64|97|500),)',
-  attention: 'on cuda (flash_attention|attention_cached|cache_append)\\w* .*(S=(7|65|85) |S=1 C=200)',
+  products: 'on cuda (gemm|moe)\\w* .*(97x61x53|15x33x17|128x264x128|129x512x192|T (64|97|500|1100),)',
+  attention: 'on cuda (flash_attention|attention_cached|cache_append)\\w* .*(S=(7|65|85|128|260) |S=1 C=200)',
+  decoding: 'on cuda decode_(attention|moe) .*(B=(1 C=70|17) |T=(9|17) )',
   rows: 'on cuda (rmsnorm|softmax|cross_entropy|linear_cross_entropy|aux_loss)\\w* .*(7|17|33|63|65)( |$)',
   scans: 'on cuda (scatter_add|moe_permute|grad_norm|sum|digest|argmax|sample|topk_sample|topp_sample|advance) .*(T (37|97),|T=(7|333) |[=](17|33|65|4097|4099)( |$))',
 } as const;
@@ -126,7 +127,7 @@ const PARTS: Readonly<Record<string, readonly Check[]>> = {
   ],
   queue: queueChecks({ gpu: true }),
   'bench-train': [
-    bench('bench train', ['train', '--sequences', '4', '--micro-batches', '2'], 'torch_train.py', (r) =>
+    bench('bench train', ['train', '--sequences', '2', '--micro-batches', '4'], 'torch_train.py', (r) =>
       `${String(r['tokensPerSecond'])} tokens/s, ${String(r['times_peer_tokens_per_s'])} times the peer, first loss ${String(r['firstLoss'])}`),
   ],
   'bench-decode': [

@@ -11,6 +11,8 @@ import { join } from 'node:path';
 import type { RunRecord } from '../../config/messages.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { demoText } from '../../data/book.ts';
+import { presentBranch } from '../../orchestrator/metrics.ts';
+import type { RunLine } from '../../orchestrator/metrics.ts';
 import { packageWithLibrary } from '../support/fake-gpu.ts';
 import { buildFaultyLibrary } from '../support/faulty-library.ts';
 import { Workplace } from '../system/cli-harness.ts';
@@ -83,12 +85,10 @@ class Site {
 }
 
 /** Loss of each step, from the run's metrics. */
-const lossesOf = (site: Site, run: string): number[] =>
-  readFileSync(site.place.at('cuda-nn-runs', run, 'metrics.jsonl'), 'utf8')
-    .trim()
-    .split('\n')
-    .map((line) => JSON.parse(line) as { type: string; report?: { loss: number } })
-    .flatMap(({ type, report }) => (type === 'step' ? [report!.loss] : []));
+const lossesOf = (site: Site, run: string): number[] => {
+  const lines = readFileSync(site.place.at('cuda-nn-runs', run, 'metrics.jsonl'), 'utf8').trim().split('\n');
+  return presentBranch(lines.map((line) => JSON.parse(line) as RunLine), []).steps.map(({ loss }) => loss ?? Number.NaN);
+};
 
 const mean = (values: readonly number[]): number => values.reduce((sum, value) => sum + value, 0) / values.length;
 
@@ -121,6 +121,8 @@ export function queueChecks({ gpu }: { readonly gpu: boolean }): Check[] {
         await launch(on, `alone-${precision}`, precision);
         const record = await finish(on, `alone-${precision}`, 150);
         if (!(record.validation!.loss < record.validationBefore! - 0.5)) throw new Error(`validation loss ${record.validationBefore} -> ${record.validation!.loss}`);
+        const losses = lossesOf(on, `alone-${precision}`);
+        if (losses.length !== steps || !(mean(losses.slice(-10)) < mean(losses.slice(0, 10)) - 0.5)) throw new Error(`${losses.length} losses, ${losses.at(0)} -> ${losses.at(-1)}`);
         if (precision === best) digest = record.weightsDigest;
         const fall = `${record.validationBefore!.toFixed(3)} -> ${record.validation!.loss.toFixed(3)}`;
         return `validation loss ${fall}, ${Math.round(record.tokensPerSecond!)} tokens/s, digest ${record.weightsDigest!.slice(0, 16)}`;
@@ -171,7 +173,7 @@ export function queueChecks({ gpu }: { readonly gpu: boolean }): Check[] {
         run: async () => {
           const on = await here();
           const big = {
-            model: '6.9b', precision: 'bf16', recompute: 'layer', steps: 24, seed: 7, batch: { shards: 1, microBatches: 2, sequences: 4, sequenceLength: 4096 },
+            model: '6.9b', precision: 'bf16', recompute: 'layer', steps: 24, seed: 7, batch: { shards: 1, microBatches: 4, sequences: 2, sequenceLength: 4096 },
             optimizer: { learningRate: 6e-4, warmupSteps: 8 }, evaluation: { every: 0, sequences: 4 }, checkpoint: { every: 0, keep: 1 },
           } as const;
           await on.place.json(['train', on.place.writeSpec('big', big)]);

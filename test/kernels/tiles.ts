@@ -43,7 +43,10 @@ function routed(T: number, E: number, K: number, used: number) {
 }
 
 /** 700 x 4 slots are packed, 500 x 4 are not. */
-const experts = (): Case[] => ([[700, 128, 192, 5, 4, 5], [500, 128, 192, 5, 4, 5], [513, 64, 320, 8, 4, 4], [1100, 192, 64, 3, 2, 3], [130, 256, 768, 4, 2, 3]] as const).flatMap(
+const EXPERTS = [
+  [700, 128, 192, 5, 4, 5], [700, 128, 200, 5, 4, 5], [500, 128, 192, 5, 4, 5], [513, 64, 320, 8, 4, 4], [1100, 192, 64, 3, 2, 3], [130, 256, 768, 4, 2, 3],
+] as const;
+const experts = (): Case[] => EXPERTS.flatMap(
   ([T, H, F, E, K, used]): Case[] => {
     const N = T * K;
     const { offsets, slotToken, slotOf, slotWeight } = routed(T, E, K, used);
@@ -81,7 +84,11 @@ const experts = (): Case[] => ([[700, 128, 192, 5, 4, 5], [500, 128, 192, 5, 4, 
 );
 
 /** The backward gets any rows as the forward's output: what is compared is the function, which takes them as they are. */
-const attention = (): Case[] => ([[1, 128, 12, 1, 64], [2, 191, 12, 1, 64], [1, 193, 4, 2, 64], [1, 385, 12, 1, 64], [1, 1029, 12, 1, 64], [1, 260, 3, 1, 128], [2, 200, 4, 1, 32]] as const).flatMap(
+const ATTENTION = [
+  [1, 128, 12, 1, 64], [2, 191, 12, 1, 64], [1, 193, 4, 2, 64], [3, 260, 6, 3, 64], [1, 385, 12, 1, 64], [2, 516, 12, 1, 64], [1, 1029, 12, 1, 64],
+  [1, 260, 3, 1, 128], [2, 200, 4, 1, 32],
+] as const;
+const attention = (): Case[] => ATTENTION.flatMap(
   ([B, S, Q, G, D]): Case[] => {
     const width = (Q + 2 * G) * D;
     const qkv = input(numbers(B * S * width, S, 0.6).map((value) => Math.max(-4, Math.min(4, value))));

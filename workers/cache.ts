@@ -1,7 +1,8 @@
 /**
  * The disk cache of files from the store, shared by all workers of a machine: directories named by the sha-256 of what they
  * hold, so that one that is there is right. Bounded in bytes: what was used longest ago goes first, what any process has in
- * use never. Unfinished downloads outlive their process and are carried on by the next. Knows no network. Called by store.ts.
+ * use never. Unfinished downloads outlive their process and are carried on by the next. Tens of gigabytes take seconds to remove, so
+ * that is never done on the thread. Knows no network. Called by store.ts.
  *
  *   <home>/cache/<address>/...                               a set of files; its mtime is its last use
  *   <home>/cache/.<address>.<host>.<process>.<random>.partial  one on its way
@@ -10,6 +11,7 @@
  *   <home>/cache/.run.<host>.<process>.<random>.work         checkpoints being written by that process
  */
 import { closeSync, lstatSync, mkdirSync, openSync, readdirSync, renameSync, rmSync, statSync, utimesSync } from 'node:fs';
+import { rm } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { setTimeout as pause } from 'node:timers/promises';
 import { NnError } from '../config/errors.ts';
@@ -37,14 +39,14 @@ export class Cache {
   }
 
   /** Makes the directory, and removes what processes that are gone left and nobody can use. Throws DISK_FULL, FILE_NOT_FOUND. */
-  open(): void {
+  async open(): Promise<void> {
     onFile(this.#directory, () => mkdirSync(this.#directory, { recursive: true, mode: 0o700 }));
     for (const name of this.#names()) {
       const path = join(this.#directory, name);
       const temporary = temporaryAt(path);
       const carriedOn = REST.test(name) || temporary?.ending === 'partial';
       if (!REST.test(name) && temporary?.owner !== 'gone') continue;
-      if (!carriedOn || Date.now() - mtimeOf(path) > this.#expireMs) rmSync(path, { recursive: true, force: true });
+      if (!carriedOn || Date.now() - mtimeOf(path) > this.#expireMs) await removeAll(path);
     }
   }
 
@@ -95,11 +97,11 @@ export class Cache {
       const partial = this.#takePartial(address);
       if (partial !== null) {
         try {
-          this.makeRoom(bytesIn(files));
+          await this.makeRoom(bytesIn(files));
           await fill(partial);
-          return this.publish(address, partial);
+          return await this.publish(address, partial);
         } catch (error) {
-          this.#leave(address, partial);
+          await this.#leave(address, partial);
           throw error;
         } finally {
           forgetTemporary(partial);
@@ -112,25 +114,25 @@ export class Cache {
   }
 
   /** Gives a complete and verified directory its address; returns where it is. */
-  publish(address: string, complete: string): string {
+  async publish(address: string, complete: string): Promise<string> {
     const path = join(this.#directory, address);
     try {
       renameSync(complete, path);
     } catch (error) {
       if (!['ENOTEMPTY', 'EEXIST'].includes(systemCode(error) ?? '')) throw fileError(error, path);
-      rmSync(complete, { recursive: true, force: true });
+      await removeAll(complete);
     }
     this.find(address);
     return path;
   }
 
   /** Removes what has this address: it is damaged. */
-  drop(address: string): void {
-    this.#remove(join(this.#directory, address));
+  async drop(address: string): Promise<void> {
+    await this.#remove([join(this.#directory, address)]);
   }
 
   /** Removes what was used longest ago until `bytes` more fit into the bound, or nothing is left that may go. */
-  makeRoom(bytes: number): void {
+  async makeRoom(bytes: number): Promise<void> {
     const names = this.#names();
     const used = new Set(names.flatMap((name) => {
       const temporary = temporaryAt(join(this.#directory, name));
@@ -144,11 +146,13 @@ export class Cache {
       if (temporary !== null) return temporary.ending === 'partial' && temporary.owner === 'gone';
       return REST.test(basename(path)) || (ADDRESS.test(basename(path)) && !used.has(basename(path)));
     });
+    const going: string[] = [];
     for (const entry of mayGo.sort((a, b) => a.usedMs - b.usedMs)) {
-      if (total + bytes <= this.#capacityBytes) return;
-      this.#remove(entry.path);
+      if (total + bytes <= this.#capacityBytes) break;
+      going.push(entry.path);
       total -= entry.bytes;
     }
+    await this.#remove(going);
   }
 
   /** This process is done: its marks and its unfinished checkpoints go. */
@@ -179,12 +183,12 @@ export class Cache {
   }
 
   /** What has come of a download that ends here stays for whoever carries it on; its name must not tell of this process, which lives on. */
-  #leave(address: string, partial: string): void {
+  async #leave(address: string, partial: string): Promise<void> {
     try {
       renameSync(partial, this.#restOf(address));
     } catch (error) {
       if (!['ENOTEMPTY', 'EEXIST', 'ENOENT'].includes(systemCode(error) ?? '')) throw fileError(error, partial);
-      rmSync(partial, { recursive: true, force: true });
+      await removeAll(partial);
     }
   }
 
@@ -192,22 +196,29 @@ export class Cache {
     return join(this.#directory, `${address}.rest`);
   }
 
-  /** A rename first: whoever looks for it meanwhile finds all of it or nothing. */
-  #remove(path: string): void {
-    const away = temporaryName(join(this.#directory, 'removed'), 'replaced');
-    try {
-      renameSync(path, away);
-    } catch (error) {
-      if (systemCode(error) !== 'ENOENT') throw error;
+  /** Renames first, at once: whoever looks for one meanwhile finds all of it or nothing, and nobody begins to use what is going. */
+  async #remove(paths: readonly string[]): Promise<void> {
+    const aways = paths.map((path) => {
+      const away = temporaryName(join(this.#directory, 'removed'), 'replaced');
+      try {
+        renameSync(path, away);
+      } catch (error) {
+        if (systemCode(error) !== 'ENOENT') throw error;
+      }
+      return away;
+    });
+    for (const away of aways) {
+      await removeAll(away);
+      forgetTemporary(away);
     }
-    rmSync(away, { recursive: true, force: true });
-    forgetTemporary(away);
   }
 
   #names(): string[] {
     return onFile(this.#directory, () => readdirSync(this.#directory));
   }
 }
+
+const removeAll = (path: string): Promise<void> => rm(path, { recursive: true, force: true });
 
 /** Says that a path was used now; false when it is not there. */
 function touch(path: string): boolean {

@@ -3,7 +3,8 @@
  * what it names is brought into the cache; the checkpoint that it writes is delivered before its job completes. Jobs keep the
  * orchestrator's paths throughout; only the compute thread is told where they lie here (places.ts). Called by worker.ts.
  */
-import { rmSync, statSync } from 'node:fs';
+import { statSync } from 'node:fs';
+import { rm } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join, resolve } from 'node:path';
 import { branchOf, checkpointName } from '../config/branches.ts';
@@ -62,7 +63,7 @@ export class Store {
   /** Throws STORE_UNAVAILABLE, STORE_AUTH, DISK_FULL. */
   async open(): Promise<void> {
     await this.#client.check();
-    this.#cache.open();
+    await this.#cache.open();
   }
 
   close(): void {
@@ -106,7 +107,7 @@ export class Store {
     for (const [path, { address, listing }] of held) {
       if (await this.#isWhole(local[path], listing)) continue;
       this.#log('warn', `store: what the cache held of ${path} is damaged; it is fetched again`);
-      this.#cache.drop(address);
+      await this.#cache.drop(address);
       this.#known.listings.clear();
       blamed = true;
     }
@@ -121,17 +122,17 @@ export class Store {
     const directory = this.written(message);
     const manifest = readManifest(directory);
     if (manifest === null) throw new NnError('CHECKPOINT_INVALID', `${directory}: manifest.json is missing: the checkpoint is incomplete`, { path: directory });
-    const { sentBytes } = await this.#client.deliver(run, name, epoch, directory, manifest, signal).catch((error: unknown) => {
+    const { sentBytes } = await this.#client.deliver(run, name, epoch, directory, manifest, signal).catch(async (error: unknown) => {
       // Whoever gets the job next writes it again, in less time than it takes to send.
-      rmSync(directory, { recursive: true, force: true });
+      await rm(directory, { recursive: true, force: true });
       throw error;
     });
     this.#log('info', `store: checkpoint ${name} of run ${run} delivered, ${sentBytes} of ${bytesIn(manifest.files)} bytes sent`);
     // What was written here need not be fetched should it be needed.
     const path = join(directory, MANIFEST);
     const own = { bytes: statSync(path).size, sha256: await sha256File(path) };
-    this.#cache.publish(addressOf({ ...manifest.files, [MANIFEST]: own }), directory);
-    this.#cache.makeRoom(0);
+    await this.#cache.publish(addressOf({ ...manifest.files, [MANIFEST]: own }), directory);
+    await this.#cache.makeRoom(0);
   }
 
   /** The record with the paths that the job names in place of those here; a disk that is full is the one here. */

@@ -246,15 +246,15 @@ describe('the cache of a worker’s machine', () => {
     writeFileSync(join(into, 'contents'), Buffer.alloc(bytes));
     return Promise.resolve();
   };
-  const opened = (cacheBytes: number): Cache => {
+  const opened = async (cacheBytes: number): Promise<Cache> => {
     const cache = new Cache(directory, { cacheBytes, expireMs: 60_000 });
-    cache.open();
+    await cache.open();
     return cache;
   };
   const stamp = (letter: string, seconds: number): void => utimesSync(join(directory, address(letter)), seconds, seconds);
 
   it('stays within its bytes: what was used longest ago goes, what is held never', async () => {
-    const cache = opened(2_500);
+    const cache = await opened(2_500);
     for (const letter of ['a', 'b']) {
       cache.hold(address(letter));
       await cache.get(address(letter), files(1_000), filled(1_000));
@@ -285,7 +285,7 @@ describe('the cache of a worker’s machine', () => {
     writeFileSync(temporary('b', gone, 'used'), '');
     mkdirSync(temporary('c', gone, 'partial'));
     writeFileSync(join(temporary('c', gone, 'partial'), 'half'), 'x');
-    const cache = opened(0);
+    const cache = await opened(0);
     const seen: string[] = [];
     cache.hold(address('c'));
     await cache.get(address('c'), files(1_000), filled(1_000, seen));
@@ -298,13 +298,13 @@ describe('the cache of a worker’s machine', () => {
       writeFileSync(join(into, 'half'), 'x');
       return Promise.reject(new Error('given up'));
     };
-    const first = opened(0);
+    const first = await opened(0);
     first.hold(address('a'));
     expect(await first.get(address('a'), files(1), giveUp).then(() => null, (error: Error) => error.message)).to.equal('given up');
     // Nothing in the names that are left tells of a process, so that none is waited for.
     expect(readdirSync(directory).filter((name) => name.endsWith('.partial'))).to.deep.equal([]);
     const seen: string[] = [];
-    const second = opened(0);
+    const second = await opened(0);
     second.hold(address('a'));
     await second.get(address('a'), files(1), filled(1, seen));
     expect(seen).to.deep.equal(['half']);
@@ -312,7 +312,7 @@ describe('the cache of a worker’s machine', () => {
   });
 
   it('waits for a process of this machine that fetches the same, until it is told to stop', async () => {
-    const cache = opened(0);
+    const cache = await opened(0);
     mkdirSync(join(directory, `.${address('a')}.${hostname()}.${process.ppid}.01234567.partial`));
     const controller = new AbortController();
     cache.hold(address('a'));

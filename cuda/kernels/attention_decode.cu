@@ -7,7 +7,8 @@
 #include "attention_tiles.cuh"
 #include "chain.cuh"
 
-const int KEYS = 32; /* of one warp's tile */
+const int KEYS = 32;                         /* of one warp's tile */
+const int MERGE_WARPS = 8, MOST_HEAD = 128; /* of the merge; the largest head size */
 
 /* ---- kernels ------------------------------------------------------------------------------------------------- */
 
@@ -124,22 +125,43 @@ __global__ void __launch_bounds__(WARPS * 32) decode_split_kernel(float *partial
   }
 }
 
-/* out [B, Q*D]: the splits of one (sequence, head), in order; one thread an element of the head. */
-__global__ void decode_merge_kernel(bf16 *out, const float *partial, int splits, int D) {
+/* out [B, Q*D]: the splits of one (sequence, head), a block each: a warp takes every 8th split, in order, then the warps are added in
+ * order. An empty split's maximum is -infinity, and the rest of it 0. */
+__global__ void __launch_bounds__(MERGE_WARPS * 32) decode_merge_kernel(bf16 *out, const float *partial, int splits, int D) {
+  __shared__ float tops[MERGE_WARPS], totals[MERGE_WARPS][MOST_HEAD + 1];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const float *rows = partial + (int64_t)blockIdx.x * splits * (D + 2);
   wait_for_previous();
   let_next_start();
-  const float *rows = partial + (int64_t)blockIdx.x * splits * (D + 2);
-  float top = -INFINITY, sum = 0.0f, total = 0.0f;
-  for (int s = 0; s < splits; s++) top = fmaxf(top, __ldcg(rows + s * (D + 2) + D));
-  for (int s = 0; s < splits; s++) {
-    const float *row = rows + s * (D + 2);
-    const float high = __ldcg(row + D);
-    if (high == -INFINITY) continue;
-    float weight = exp2_fast(high - top);
-    total += __ldcg(row + threadIdx.x) * weight;
+  float top = -INFINITY;
+  for (int s = threadIdx.x; s < splits; s += MERGE_WARPS * 32) top = fmaxf(top, __ldcg(rows + (int64_t)s * (D + 2) + D));
+  for (int offset = 16; offset > 0; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+  if (lane == 0) tops[warp] = top;
+  __syncthreads();
+  for (int w = 0; w < MERGE_WARPS; w++) top = fmaxf(top, tops[w]);
+  float2 total[MOST_HEAD / 64] = {};
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int s = warp; s < splits; s += MERGE_WARPS) {
+    const float *row = rows + (int64_t)s * (D + 2);
+    const float weight = exp2_fast(__ldcg(row + D) - top);
     sum += __ldcg(row + D + 1) * weight;
+#pragma unroll
+    for (int i = 0; i < MOST_HEAD / 64; i++) {
+      const int d = i * 64 + lane * 2;
+      const float2 part = d < D ? __ldcg(reinterpret_cast<const float2 *>(row + d)) : make_float2(0.0f, 0.0f);
+      total[i].x += part.x * weight, total[i].y += part.y * weight;
+    }
   }
-  out[(int64_t)blockIdx.x * D + threadIdx.x] = from_float<bf16>(total / sum);
+#pragma unroll
+  for (int i = 0; i < MOST_HEAD / 64; i++)
+    if (i * 64 + lane * 2 < D) totals[warp][i * 64 + lane * 2] = total[i].x, totals[warp][i * 64 + lane * 2 + 1] = total[i].y;
+  if (lane == 0) totals[warp][MOST_HEAD] = sum;
+  __syncthreads();
+  if (threadIdx.x >= D) return;
+  float whole = 0.0f, weights = 0.0f;
+  for (int w = 0; w < MERGE_WARPS; w++) whole += totals[w][threadIdx.x], weights += totals[w][MOST_HEAD];
+  out[(int64_t)blockIdx.x * D + threadIdx.x] = from_float<bf16>(whole / weights);
 }
 
 /* ---- launchers ----------------------------------------------------------------------------------------------- */
@@ -147,7 +169,7 @@ __global__ void decode_merge_kernel(bf16 *out, const float *partial, int splits,
 int nn_decode_splits(nn_context *context, const Attention &a) {
   int64_t splits = ceil_div(2 * context->multiprocessors, (int64_t)a.B * a.G), most = ceil_div(a.capacity, 128);
   if (splits > most) splits = most;
-  return (int)(splits < 1 ? 1 : splits > 128 ? 128 : splits);
+  return (int)(splits < 1 ? 1 : splits > 256 ? 256 : splits);
 }
 
 template <int D, int WARPS>
@@ -156,7 +178,7 @@ static nn_status run_decode(nn_context *context, void *out, float *partial, cons
   NN_CUDA(context, cudaFuncSetAttribute(decode_split_kernel<D, WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   NN_TRY(launch_kernel(context, "nn_attention_decode", chained, decode_split_kernel<D, WARPS>, dim3(splits, a.B * a.G), WARPS * 32, bytes, partial, a));
   if (out == NULL) return NN_OK;
-  return launch_kernel(context, "nn_attention_decode", true, decode_merge_kernel, dim3(a.B * a.Q), D, 0, (bf16 *)out, (const float *)partial, splits, D);
+  return launch_kernel(context, "nn_attention_decode", true, decode_merge_kernel, dim3(a.B * a.Q), MERGE_WARPS * 32, 0, (bf16 *)out, (const float *)partial, splits, D);
 }
 
 static nn_status choose_decode(nn_context *context, void *out, float *partial, const Attention &a, int splits, bool chained) {

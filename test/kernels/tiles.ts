@@ -132,7 +132,10 @@ const norms = (): Case[] => ([[700, 256], [131, 264], [2050, 768], [33, 1024]] a
 );
 
 /** The attention half of a decoding step: one tile of 16 sequences and four, splits merged late and by a kernel of their own. */
-const stepAttention = (): Case[] => ([[1, 70, 128, 4, 1, 32], [1, 1500, 64, 3, 1, 64], [16, 130, 256, 8, 2, 32], [17, 300, 192, 6, 1, 64], [64, 40, 64, 4, 1, 16]] as const).map(
+const STEPS = [
+  [1, 70, 128, 4, 1, 32], [1, 1500, 64, 3, 1, 64], [1, 40_000, 64, 4, 1, 16], [2, 20_000, 64, 4, 2, 64], [16, 130, 256, 8, 2, 32], [17, 300, 192, 6, 1, 64], [64, 40, 64, 4, 1, 16],
+] as const;
+const stepAttention = (): Case[] => STEPS.map(
   ([B, C, H, Q, G, D]) => {
     const start = integers(B, C, C);
     start[0] = C - 1;

@@ -1,6 +1,6 @@
 /* product.cuh: matrix products as a description (Product), which gemm.cu, moe.cu and loss.cu fill in and one of three cores computes:
  * product_plain.cu (any type, size and alignment), product_mma.cu (bf16, mma.sync, sm_80 and newer), product_wgmma.cu (bf16, wgmma
- * and TMA, sm_90a), or, of few rows, product_small.cu (bf16, mma.sync). product.cu checks and chooses. What the cores share on the device (tiles, epilogues) is below.
+ * and TMA, sm_90a), or, of few rows, columns or depths, product_small.cu (bf16, mma.sync). product.cu checks and chooses. What the cores share on the device (tiles, epilogues) is below.
  *
  * C[i, j] = sum over d of A[i, d] * B[j, d]. A is stored K-major [m, k] or M-major [k, m], B K-major [n, k] or N-major [k, n].
  *

@@ -1,13 +1,20 @@
-/* product_small.cu: products of few rows (decoding): bf16, K-major, whole or by row groups. Here reading B is all the work, so it is
- * read once, 16 bytes a lane with several loads under way, from memory into the registers of mma.sync: the rows of A are its m, 8
- * columns its n. A fragment's places in depth are permuted, alike for A and B, so that a lane's 16 bytes are two fragments. A block's
- * warps share the depth of the block's columns; their sums are added in order of the warps.
+/* product_small.cu: products of which one side is at most 16, so that moving the long operand is all the work: bf16, mma.sync from
+ * registers, nothing of the operands in shared memory.
+ *
+ * Few rows (decoding; whole or by row groups), K-major: B is read once, 16 bytes a lane with several loads under way: the rows of A are
+ * mma's m, 8 columns its n. A fragment's places in depth are permuted, alike for A and B, so that a lane's 16 bytes are two fragments. A
+ * block's warps share the depth of the block's columns; their sums are added in order of the warps.
+ * Few columns (the router's logits): the same with A and B exchanged and C stored transposed.
+ * Few depths (the gradient through the router's logits): a warp keeps 64 columns of B and writes C, 16 bytes a lane, because mma's columns
+ * are permuted: of 32 columns, a lane's results are 8 neighbours.
  */
 #include "mma.cuh"
 #include "product.cuh"
 
 const int MOST_ROWS = 16, MOST_GROUPED = 64; /* beyond, the other cores are faster */
+const int64_t STREAMED_ROWS = 512; /* of so many rows on few columns fill the chip without splitting the depth */
 const int WARPS = 8, DEPTH = 32 /* of one step of a warp: two mma */;
+const int THIN_WARPS = 4, THIN_COLUMNS = 64 /* of a warp */, THIN_TILES = 4 /* of 16 rows, a block's */;
 
 /* ---- kernels ------------------------------------------------------------------------------------------------- */
 
@@ -37,11 +44,12 @@ __device__ __forceinline__ bool find_group(const Product &p, int nth, int &group
   return false;
 }
 
-/* TILES * 8 columns a block (SWIGLU: half of them gate, half up), ROWS (8 or 16) rows at a time, STEPS steps of loads under way. */
-template <typename Out, int TILES, int ROWS, int STEPS, bool Swiglu>
+/* TILES * 8 columns a block (SWIGLU: half of them gate, half up), ROWS (8 or 16) rows at a time, STEPS steps of loads under way.
+ * Transposed: C's rows are the columns here. */
+template <typename Out, int TILES, int ROWS, int STEPS, bool Swiglu, bool Transposed>
 __global__ void __launch_bounds__(WARPS * 32, ROWS == 8 && TILES < 4 ? 3 : 2) small_kernel(const Product p) {
   const int HALVES = ROWS / 8, COLUMNS = Swiglu ? TILES * 4 : TILES * 8;
-  __shared__ float sums[WARPS][ROWS][TILES * 8];
+  __shared__ float sums[WARPS][ROWS][TILES * 8 + (Transposed ? 2 : 0)]; /* 2: lanes of 16 rows in different banks */
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   Tile tile = {0, p.m, 0, p.k, (int)blockIdx.x * COLUMNS, 0};
   if (p.grouping == GROUP_ROWS && !find_group(p, blockIdx.y, tile.group, tile.m0, tile.m_end)) return;
@@ -103,7 +111,18 @@ __global__ void __launch_bounds__(WARPS * 32, ROWS == 8 && TILES < 4 ? 3 : 2) sm
       for (int h = 0; h < HALVES; h++)
         *(float2 *)&sums[warp][h * 8 + g][n * 8 + t * 2] = make_float2(c[n][2 * h], c[n][2 * h + 1]);
     __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * COLUMNS / 2; i += WARPS * 32) {
+    for (int i = threadIdx.x; Transposed && i < ROWS * COLUMNS; i += WARPS * 32) {
+      const int row = i % ROWS, column = i / ROWS;
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) sum += sums[w][row][column];
+      if (m0 + row >= tile.m_end || tile.n0 + column >= p.n) continue;
+      Out *at = (Out *)p.c + (int64_t)(tile.n0 + column) * p.ldc + m0 + row;
+      sum *= p.alpha;
+      if (p.beta != 0.0f) sum += p.beta * to_float(*at);
+      *at = from_float<Out>(sum);
+    }
+    for (int i = threadIdx.x; !Transposed && i < ROWS * COLUMNS / 2; i += WARPS * 32) {
       int row = i / (COLUMNS / 2), column = i % (COLUMNS / 2) * 2;
       float2 sum = make_float2(0.0f, 0.0f), up = sum;
 #pragma unroll
@@ -124,6 +143,64 @@ __global__ void __launch_bounds__(WARPS * 32, ROWS == 8 && TILES < 4 ? 3 : 2) sm
   }
 }
 
+/* 64 columns of each warp's depth-16 B stay in its registers while the block's rows of A pass. */
+template <typename Out, bool BMN>
+__global__ void __launch_bounds__(THIN_WARPS * 32) thin_kernel(const Product p) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, n = (int)p.n;
+  const int n0 = ((int)blockIdx.y * THIN_WARPS + (threadIdx.x >> 5)) * THIN_COLUMNS;
+  const int64_t m0 = (int64_t)blockIdx.x * THIN_TILES * 16;
+  if (n0 >= n) return;
+  const bool deep = p.k > 8; /* 16 depths, else 8 */
+  uint32_t fa[THIN_TILES][4], fb[8][2];
+#pragma unroll
+  for (int i = 0; i < THIN_TILES; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int64_t row = m0 + i * 16 + half * 8 + g;
+      const uint32_t *at = (const uint32_t *)((const bf16 *)p.a + row * p.lda) + t;
+      fa[i][half] = row < p.m ? at[0] : 0;
+      fa[i][2 + half] = deep && row < p.m ? at[4] : 0;
+    }
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const int column = n0 + (j >> 2) * 32 + (g >> 1) * 8 + (j & 3) * 2 + (g & 1);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      fb[j][half] = 0;
+      if (column >= n || (half == 1 && !deep)) continue;
+      const int d = half * 8 + t * 2;
+      if (BMN) {
+        const uint16_t *at = (const uint16_t *)p.b + d * p.ldb + column;
+        fb[j][half] = at[0] | (uint32_t)at[p.ldb] << 16;
+      } else {
+        fb[j][half] = *(const uint32_t *)((const bf16 *)p.b + column * p.ldb + d);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < THIN_TILES; i++)
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+      float c[4][4] = {};
+#pragma unroll
+      for (int j = 0; j < 4; j++) mma16816(c[j], fa[i], fb[part * 4 + j]);
+      const int column = n0 + part * 32 + t * 8;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int64_t row = m0 + i * 16 + half * 8 + g;
+        if (row >= p.m || column >= n) continue;
+        constexpr int N = 16 / sizeof(Out);
+#pragma unroll
+        for (int first = 0; first < 8; first += N) {
+          Pack<Out, N> out;
+#pragma unroll
+          for (int e = 0; e < N; e++) out.v[e] = from_float<Out>(p.alpha * c[(first + e) >> 1][half * 2 + (e & 1)]);
+          store_pack<Out, N>((Out *)p.c + row * p.ldc + column + first, out);
+        }
+      }
+    }
+}
+
 /* ---- launchers ----------------------------------------------------------------------------------------------- */
 
 template <typename Out, int TILES, int STEPS, bool Swiglu>
@@ -131,15 +208,41 @@ static nn_status launch(nn_context *context, const Product &p, bool few) {
   int64_t groups = p.grouping == GROUP_ROWS ? (p.m < p.groups ? p.m : p.groups) : 1;
   dim3 grid((unsigned)ceil_div(p.n, Swiglu ? TILES * 4 : TILES * 8), (unsigned)groups);
   if (few)
-    small_kernel<Out, TILES, 8, STEPS, Swiglu><<<grid, WARPS * 32, 0, context->stream>>>(p);
+    small_kernel<Out, TILES, 8, STEPS, Swiglu, false><<<grid, WARPS * 32, 0, context->stream>>>(p);
   else
-    small_kernel<Out, TILES, 16, STEPS, Swiglu><<<grid, WARPS * 32, 0, context->stream>>>(p);
+    small_kernel<Out, TILES, 16, STEPS, Swiglu, false><<<grid, WARPS * 32, 0, context->stream>>>(p);
+  return NN_OK;
+}
+
+/* C [m, few columns] as the transpose of B A^T. */
+static nn_status few_columns(nn_context *context, const Product &p) {
+  const int TILES = 4;
+  Product q = p;
+  q.a = p.b, q.lda = p.ldb, q.m = p.n;
+  q.b = p.a, q.ldb = p.lda, q.n = p.m;
+  NN_FOR_DTYPE(p.out_dtype, Out, small_kernel<Out, TILES, 16, 3, false, true><<<(unsigned)ceil_div(q.n, TILES * 8), WARPS * 32, 0, context->stream>>>(q););
+  return NN_OK;
+}
+
+static nn_status few_depths(nn_context *context, const Product &p) {
+  const dim3 grid((unsigned)ceil_div(p.m, THIN_TILES * 16), (unsigned)ceil_div(p.n, THIN_WARPS * THIN_COLUMNS));
+  if (grid.y > 65535) return NN_ERROR_UNSUPPORTED;
+  NN_FOR_DTYPE(p.out_dtype, Out, {
+    if (p.b_mn)
+      thin_kernel<Out, true><<<grid, THIN_WARPS * 32, 0, context->stream>>>(p);
+    else
+      thin_kernel<Out, false><<<grid, THIN_WARPS * 32, 0, context->stream>>>(p);
+  });
   return NN_OK;
 }
 
 /* NN_ERROR_UNSUPPORTED, with nothing queued, where another core should do it. The operands are as loads_whole_chunks wants. */
 nn_status nn_product_small(nn_context *context, const Product &p) {
-  bool grouped = p.grouping == GROUP_ROWS;
+  bool grouped = p.grouping == GROUP_ROWS, plain = p.grouping == WHOLE && p.groups == 1 && p.epilogue == STORE && !p.a_mn && !p.a_rows && !p.b_rows;
+  if (plain && context->capability >= 80 && p.m > MOST_ROWS) {
+    if (p.n <= MOST_ROWS && p.m >= STREAMED_ROWS && !p.b_mn && p.k > 0 && p.k < (1 << 30)) return few_columns(context, p);
+    if ((p.k == 8 || p.k == 16) && p.beta == 0.0f && p.n % 8 == 0 && p.ldc % 8 == 0 && aligned16(p.c)) return few_depths(context, p);
+  }
   if (p.a_mn || p.b_mn || p.b_rows || p.k >= (1 << 30) || p.k == 0 || context->capability < 80) return NN_ERROR_UNSUPPORTED;
   if (grouped ? p.m > MOST_GROUPED || p.groups > 65535 : p.grouping != WHOLE || p.groups != 1 || p.m > MOST_ROWS) return NN_ERROR_UNSUPPORTED;
   bool few = grouped || p.m <= 8; /* of so few slots a group seldom has more than 8 */

@@ -11,8 +11,8 @@ const never = (): never => {
 };
 const tolerance = { absolute: 0, relative: 0, why: 'not used: bf16.ts has its own' };
 
-const products = (): Case[] => ([[127, 256, 64], [128, 264, 128], [129, 512, 192], [257, 320, 1088], [1, 768, 768], [300, 896, 768], [1025, 64, 72]] as const).flatMap(([m, n, k]): Case[] =>
-  ([[0, 0], [0, 1], [1, 0], [1, 1]] as const).flatMap(([ta, tb]): Case[] => [
+const productsOf = (sizes: readonly (readonly [number, number, number])[], transposes: readonly (readonly [number, number])[]): Case[] => sizes.flatMap(([m, n, k]) =>
+  transposes.flatMap(([ta, tb]): Case[] => [
     define({
       kernel: 'gemm', sizes: `${m}x${n}x${k}, transposes ${ta}${tb}`, buffers: { c: output('f32', m * n), a: input(numbers(m * k, 1)), b: input(numbers(n * k, 2)) },
       run: (kernels, t) => kernels.gemm(t.c, t.a, t.b, m, n, k, ta, tb, 'f32', 'f32'), expected: never, tolerance,
@@ -24,6 +24,15 @@ const products = (): Case[] => ([[127, 256, 64], [128, 264, 128], [129, 512, 192
     }),
   ]),
 );
+
+const ALL = [[0, 0], [0, 1], [1, 0], [1, 1]] as const;
+
+/** Products that have a kernel of their own when one side is at most 16: many rows on few columns, and few depths. */
+const products = (): Case[] => [
+  ...productsOf([[127, 256, 64], [128, 264, 128], [129, 512, 192], [257, 320, 1088], [1, 768, 768], [300, 896, 768], [1025, 64, 72]], ALL),
+  ...productsOf([[512, 16, 768], [777, 1, 72], [515, 9, 1032], [1000, 8, 8]], [[0, 1]]),
+  ...productsOf([[17, 256, 16], [130, 264, 8], [200, 72, 16], [64, 768, 16]], [[0, 0], [0, 1]]),
+];
 
 /** Slots of T tokens with K different experts of the first `used`, sorted. */
 function routed(T: number, E: number, K: number, used: number) {

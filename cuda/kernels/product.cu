@@ -5,16 +5,35 @@
 
 /* ---- kernels ------------------------------------------------------------------------------------------------- */
 
-/* c = alpha * (partial[0] + partial[1] + ... in that order) + beta * c, element by element. */
-template <typename Out>
-__global__ void add_splits_kernel(Out *c, const float *partial, int splits, int64_t count, float alpha, float beta) {
-  int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+const int SPLIT_THREADS = 128, SPLITS_AT_ONCE = 8; /* loads that a thread has under way */
+
+/* c = alpha * (partial[0] + partial[1] + ... in that order) + beta * c, N neighbouring elements a thread. */
+template <typename Out, int N>
+__global__ void __launch_bounds__(SPLIT_THREADS)
+    add_splits_kernel(Out *c, const float *partial, int splits, int64_t count, float alpha, float beta) {
+  const int64_t i = ((int64_t)blockIdx.x * SPLIT_THREADS + threadIdx.x) * N;
   if (i >= count) return;
-  float sum = partial[i];
-  for (int s = 1; s < splits; s++) sum += partial[s * count + i];
-  sum *= alpha;
-  if (beta != 0.0f) sum += beta * to_float(c[i]);
-  c[i] = from_float<Out>(sum);
+  Pack<float, N> sum = load_pack<float, N>(partial + i);
+  Pack<Out, N> old = {};
+  if (beta != 0.0f) old = load_pack<Out, N>(c + i);
+  for (int first = 1; first < splits; first += SPLITS_AT_ONCE) {
+    Pack<float, N> part[SPLITS_AT_ONCE];
+#pragma unroll
+    for (int s = 0; s < SPLITS_AT_ONCE; s++)
+      if (first + s < splits) part[s] = load_pack<float, N>(partial + (first + s) * count + i);
+#pragma unroll
+    for (int s = 0; s < SPLITS_AT_ONCE; s++)
+#pragma unroll
+      for (int j = 0; j < N; j++)
+        if (first + s < splits) sum.v[j] += part[s].v[j];
+  }
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    sum.v[j] *= alpha;
+    if (beta != 0.0f) sum.v[j] += beta * to_float(old.v[j]);
+    old.v[j] = from_float<Out>(sum.v[j]);
+  }
+  store_pack<Out, N>(c + i, old);
 }
 
 /* ---- choice -------------------------------------------------------------------------------------------------- */
@@ -64,8 +83,14 @@ nn_status nn_run_product(nn_context *context, Product &p, const char *where) {
       q.c = partial, q.c_stride = p.m * p.n, q.out_dtype = NN_F32, q.alpha = 1.0f, q.beta = 0.0f, q.a_stride = q.b_stride = 0;
       NN_TRY(run_core(context, q));
       int64_t count = p.m * p.n;
-      NN_FOR_DTYPE(p.out_dtype, Out, add_splits_kernel<Out><<<(unsigned)ceil_div(count, 256), 256, 0, context->stream>>>(
-                                         (Out *)p.c, partial, (int)splits, count, p.alpha, p.beta););
+      const bool packs = count % 4 == 0 && aligned16(p.c);
+      const unsigned blocks = (unsigned)ceil_div(packs ? count / 4 : count, SPLIT_THREADS);
+      NN_FOR_DTYPE(p.out_dtype, Out, {
+        if (packs)
+          add_splits_kernel<Out, 4><<<blocks, SPLIT_THREADS, 0, context->stream>>>((Out *)p.c, partial, (int)splits, count, p.alpha, p.beta);
+        else
+          add_splits_kernel<Out, 1><<<blocks, SPLIT_THREADS, 0, context->stream>>>((Out *)p.c, partial, (int)splits, count, p.alpha, p.beta);
+      });
       return nn_cuda_status(context, cudaGetLastError(), where);
     }
   }

@@ -2,4 +2,4 @@
 import { describeInBf16 } from './harness.ts';
 import { tileCases } from './tiles.ts';
 
-describeInBf16('tensor-core tiles', 181, tileCases);
+describeInBf16('tensor-core tiles', 196, tileCases);

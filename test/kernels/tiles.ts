@@ -27,9 +27,11 @@ const productsOf = (sizes: readonly (readonly [number, number, number])[], trans
 
 const ALL = [[0, 0], [0, 1], [1, 0], [1, 1]] as const;
 
-/** Products that have a kernel of their own when one side is at most 16: many rows on few columns, and few depths. */
+/** Depths in more than 8 splits, and with rows whose sums lie on no 16 bytes. Then products that have a kernel of their own when one side is at most 16: many rows on few columns, and few depths. */
 const products = (): Case[] => [
   ...productsOf([[127, 256, 64], [128, 264, 128], [129, 512, 192], [257, 320, 1088], [1, 768, 768], [300, 896, 768], [1025, 64, 72]], ALL),
+  ...productsOf([[24, 72, 4104]], ALL),
+  ...productsOf([[257, 321, 1088]], [[0, 1]]),
   ...productsOf([[512, 16, 768], [777, 1, 72], [515, 9, 1032], [1000, 8, 8]], [[0, 1]]),
   ...productsOf([[17, 256, 16], [130, 264, 8], [200, 72, 16], [64, 768, 16]], [[0, 0], [0, 1]]),
 ];

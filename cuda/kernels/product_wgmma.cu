@@ -400,7 +400,16 @@ static void pack(nn_context *context, Product &p, int *packed) {
     p.a = rows, p.lda = width, p.a_rows = NULL, p.a_row_count = count;
 }
 
+/* Whether tiles of 192 columns keep the chip busy for a shorter time than tiles of 256: where those leave much of the last round idle. */
+static bool narrow_tiles(nn_context *context, const Product &p) {
+  if (p.grouping != WHOLE && p.grouping != SPLIT_DEPTH) return false;
+  const int64_t most = context->multiprocessors;
+  const int64_t narrow = ceil_div(most_tiles<BM, 192>(p), most) * 192, wide = ceil_div(most_tiles<BM, 256>(p), most) * 256;
+  return narrow * 10 <= wide * 9;
+}
+
 #define LAUNCH(...) launch<256, 4, __VA_ARGS__>(context, p, packed)
+#define LAUNCH_NARROW(...) launch<192, 4, __VA_ARGS__>(context, p, packed)
 
 /* NN_ERROR_UNSUPPORTED where this core cannot: product.cu then takes the mma.sync one. */
 nn_status nn_product_wgmma(nn_context *context, Product &p) {
@@ -430,5 +439,6 @@ nn_status nn_product_wgmma(nn_context *context, Product &p) {
     if (p.a_rows) return LAUNCH(false, true, GATHER_A, STORE);
   }
   if (p.a_mn) return LAUNCH(true, true, GATHER_NONE, STORE);
+  if (narrow_tiles(context, p)) return p.b_mn ? LAUNCH_NARROW(false, true, GATHER_NONE, STORE) : LAUNCH_NARROW(false, false, GATHER_NONE, STORE);
   return p.b_mn ? LAUNCH(false, true, GATHER_NONE, STORE) : LAUNCH(false, false, GATHER_NONE, STORE);
 }

@@ -127,6 +127,7 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &tile, const
         return pack_bf16(p.alpha * d[at], p.alpha * d[at + 1]);
       });
     }
+    if (BN % 128 != 0 && (threadIdx.x & 31) == 0) store_commit(); /* in place of a box, so that the next tile begins with the first one */
   } else { /* never GROUP_ROWS: what lies outside C, the copy engine leaves out */
 #pragma unroll
     for (int part = 0; part < BN / 32; part++) {

@@ -1,5 +1,5 @@
 /**
- * bf16 at the borders of what the tensor-core kernels are cut into: product tiles of 128 x 256 x 64, rows that are gathered by the loads and
+ * bf16 at the borders of what the tensor-core kernels are cut into: product tiles of 128 x 256 x 64 and 128 x 192 x 64, rows that are gathered by the loads and
  * rows that are packed first (2,048 slots), attention tiles of 64, 128 and 192 rows, sequences that end inside of one, chunks of the
  * loss; and the kernels of a decoding step, which are bf16's only. The reference is the CPU (bf16.ts), so that sizes may be what would take JavaScript minutes. Used by tiles.test.ts on a GPU.
  */
@@ -27,9 +27,14 @@ const productsOf = (sizes: readonly (readonly [number, number, number])[], trans
 
 const ALL = [[0, 0], [0, 1], [1, 0], [1, 1]] as const;
 
-/** Depths in more than 8 splits, and with rows whose sums lie on no 16 bytes. Then products that have a kernel of their own when one side is at most 16: many rows on few columns, and few depths. */
+/**
+ * Few tiles, which are of 192 columns but for M-major operands; tiles of 192 and of 256 columns that are more than a chip has multiprocessors
+ * (132); depths in more than 8 splits, and with rows whose sums lie on no 16 bytes; products that have a kernel of their own because one side
+ * is at most 16: many rows on few columns, and few depths.
+ */
 const products = (): Case[] => [
   ...productsOf([[127, 256, 64], [128, 264, 128], [129, 512, 192], [257, 320, 1088], [1, 768, 768], [300, 896, 768], [1025, 64, 72]], ALL),
+  ...productsOf([[8577, 576, 72], [8577, 256, 64]], [[0, 0], [0, 1]]),
   ...productsOf([[24, 72, 4104]], ALL),
   ...productsOf([[257, 321, 1088]], [[0, 1]]),
   ...productsOf([[512, 16, 768], [777, 1, 72], [515, 9, 1032], [1000, 8, 8]], [[0, 1]]),

@@ -132,7 +132,7 @@ function entries(sizes: Sizes, B: number, S: number): Entry[] {
     },
     {
       name: 'moe_down_weight_gradient', shape: tokens, buffers: { dw: f32(E * H * F, 0), dout: x(T * H, 1), h: x(N * F, 0.3), ...slots }, prepare: permute,
-      run: (k, t, dtype) => k.moeDownWeightGradient(t['dw']!, t['dout']!, t['h']!, t['slotToken']!, t['offsets']!, T, H, F, E, K, dtype),
+      run: (k, t, dtype) => k.moeDownWeightGradient(t['dw']!, t['dout']!, t['h']!, t['slotToken']!, t['offsets']!, T, H, F, E, K, 1, dtype),
       outputs: ['dw'], flops: down, bytes: 8 * E * H * F + 2 * (N * F + T * H),
     },
     {
@@ -141,7 +141,7 @@ function entries(sizes: Sizes, B: number, S: number): Entry[] {
     },
     {
       name: 'moe_up_weight_gradient', shape: tokens, buffers: { dw: f32(E * 2 * F * H, 0), dgateUp: x(N * 2 * F, 0.1), x: x(T * H, 1), ...slots }, prepare: permute,
-      run: (k, t, dtype) => k.moeUpWeightGradient(t['dw']!, t['dgateUp']!, t['x']!, t['slotToken']!, t['offsets']!, T, H, F, E, K, dtype),
+      run: (k, t, dtype) => k.moeUpWeightGradient(t['dw']!, t['dgateUp']!, t['x']!, t['slotToken']!, t['offsets']!, T, H, F, E, K, 1, dtype),
       outputs: ['dw'], flops: up, bytes: 16 * E * H * F + 2 * (2 * N * F + T * H),
     },
     {

@@ -6,7 +6,7 @@ import { bytesOf, code, refuse } from './check.ts';
 import type { ComputeType, Tensor, TypedArray } from './tensor.ts';
 
 /** The version of the ABI that these bindings speak. */
-export const ABI_VERSION = 1;
+export const ABI_VERSION = 2;
 
 /** What koffi binds: device addresses and contexts are numbers, host memory is a pointer. */
 export const PROTOTYPES = {
@@ -67,9 +67,9 @@ export const PROTOTYPES = {
   nn_moe_down_forward: 'int32_t nn_moe_down_forward(uint64_t context, uint64_t y, uint64_t h, uint64_t offsets, uint64_t down_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
   nn_moe_combine: 'int32_t nn_moe_combine(uint64_t context, uint64_t out, uint64_t base, uint64_t y, uint64_t weight, uint64_t slot_of, int64_t T, int64_t H, int64_t K, int32_t dtype)',
   nn_moe_down_backward: 'int32_t nn_moe_down_backward(uint64_t context, uint64_t dgate_up, uint64_t weighted_h, uint64_t dweight, uint64_t dout, uint64_t gate_up, uint64_t h, uint64_t slot_token, uint64_t slot_weight, uint64_t slot_of, uint64_t offsets, uint64_t down_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
-  nn_moe_down_weight_gradient: 'int32_t nn_moe_down_weight_gradient(uint64_t context, uint64_t ddown_weight, uint64_t dout, uint64_t weighted_h, uint64_t slot_token, uint64_t offsets, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
+  nn_moe_down_weight_gradient: 'int32_t nn_moe_down_weight_gradient(uint64_t context, uint64_t ddown_weight, uint64_t dout, uint64_t weighted_h, uint64_t slot_token, uint64_t offsets, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t accumulate, int32_t dtype)',
   nn_moe_up_backward: 'int32_t nn_moe_up_backward(uint64_t context, uint64_t dx_slots, uint64_t dgate_up, uint64_t offsets, uint64_t gate_up_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
-  nn_moe_up_weight_gradient: 'int32_t nn_moe_up_weight_gradient(uint64_t context, uint64_t dgate_up_weight, uint64_t dgate_up, uint64_t x, uint64_t slot_token, uint64_t offsets, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
+  nn_moe_up_weight_gradient: 'int32_t nn_moe_up_weight_gradient(uint64_t context, uint64_t dgate_up_weight, uint64_t dgate_up, uint64_t x, uint64_t slot_token, uint64_t offsets, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t accumulate, int32_t dtype)',
   nn_cross_entropy_forward: 'int32_t nn_cross_entropy_forward(uint64_t context, uint64_t loss, uint64_t logits, uint64_t target, int64_t T, int64_t V, int32_t dtype)',
   nn_cross_entropy_backward: 'int32_t nn_cross_entropy_backward(uint64_t context, uint64_t dlogits, uint64_t logits, uint64_t target, int64_t T, int64_t V, float scale, int32_t dtype)',
   nn_linear_cross_entropy: 'int32_t nn_linear_cross_entropy(uint64_t context, uint64_t loss, uint64_t dx, uint64_t dweight, uint64_t x, uint64_t target, uint64_t weight, int64_t T, int64_t H, int64_t V, float scale, int32_t dtype)',
@@ -148,9 +148,9 @@ export interface Native {
   readonly nn_moe_down_forward: (context: number, y: number, h: number, offsets: number, downWeight: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
   readonly nn_moe_combine: (context: number, out: number, base: number, y: number, weight: number, slotOf: number, T: number, H: number, K: number, dtype: number) => number;
   readonly nn_moe_down_backward: (context: number, dgateUp: number, weightedH: number, dweight: number, dout: number, gateUp: number, h: number, slotToken: number, slotWeight: number, slotOf: number, offsets: number, downWeight: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
-  readonly nn_moe_down_weight_gradient: (context: number, ddownWeight: number, dout: number, weightedH: number, slotToken: number, offsets: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
+  readonly nn_moe_down_weight_gradient: (context: number, ddownWeight: number, dout: number, weightedH: number, slotToken: number, offsets: number, T: number, H: number, F: number, E: number, K: number, accumulate: number, dtype: number) => number;
   readonly nn_moe_up_backward: (context: number, dxSlots: number, dgateUp: number, offsets: number, gateUpWeight: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
-  readonly nn_moe_up_weight_gradient: (context: number, dgateUpWeight: number, dgateUp: number, x: number, slotToken: number, offsets: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
+  readonly nn_moe_up_weight_gradient: (context: number, dgateUpWeight: number, dgateUp: number, x: number, slotToken: number, offsets: number, T: number, H: number, F: number, E: number, K: number, accumulate: number, dtype: number) => number;
   readonly nn_cross_entropy_forward: (context: number, loss: number, logits: number, target: number, T: number, V: number, dtype: number) => number;
   readonly nn_cross_entropy_backward: (context: number, dlogits: number, logits: number, target: number, T: number, V: number, scale: number, dtype: number) => number;
   readonly nn_linear_cross_entropy: (context: number, loss: number, dx: number, dweight: number, x: number, target: number, weight: number, T: number, H: number, V: number, scale: number, dtype: number) => number;
@@ -578,14 +578,16 @@ export class Kernels {
     if (status !== 0) this.#fail('nn_moe_down_backward', status);
   }
 
-  /** ddown_weight[e] += sum over the slots of e of dout[slot_token[s]]^T weighted_h[s]. */
-  moeDownWeightGradient(ddownWeight: Tensor, dout: Tensor, weightedH: Tensor, slotToken: Tensor, offsets: Tensor, T: number, H: number, F: number, E: number, K: number, dtype: ComputeType): void {
+  /** ddown_weight[e] += sum over the slots of e of dout[slot_token[s]]^T weighted_h[s].
+   * accumulate 0: the sum replaces what was there, which is not read: all E matrices are written, zeros for an expert without slots. Each
+   * element then has the bits that adding to zero gives it, so a sum of -0 is stored as 0. */
+  moeDownWeightGradient(ddownWeight: Tensor, dout: Tensor, weightedH: Tensor, slotToken: Tensor, offsets: Tensor, T: number, H: number, F: number, E: number, K: number, accumulate: number, dtype: ComputeType): void {
     if (ddownWeight.dtype !== 'f32' || !(ddownWeight.length >= E * H * F)) refuse('moe_down_weight_gradient', 'ddownWeight', ddownWeight, 'f32', E * H * F);
     if (dout.dtype !== dtype || !(dout.length >= T * H)) refuse('moe_down_weight_gradient', 'dout', dout, dtype, T * H);
     if (weightedH.dtype !== dtype || !(weightedH.length >= T * K * F)) refuse('moe_down_weight_gradient', 'weightedH', weightedH, dtype, T * K * F);
     if (slotToken.dtype !== 'i32' || !(slotToken.length >= T * K)) refuse('moe_down_weight_gradient', 'slotToken', slotToken, 'i32', T * K);
     if (offsets.dtype !== 'i32' || !(offsets.length >= E + 1)) refuse('moe_down_weight_gradient', 'offsets', offsets, 'i32', E + 1);
-    const status = this.#native.nn_moe_down_weight_gradient(this.#context, ddownWeight.address, dout.address, weightedH.address, slotToken.address, offsets.address, T, H, F, E, K, code(dtype));
+    const status = this.#native.nn_moe_down_weight_gradient(this.#context, ddownWeight.address, dout.address, weightedH.address, slotToken.address, offsets.address, T, H, F, E, K, accumulate, code(dtype));
     if (status !== 0) this.#fail('nn_moe_down_weight_gradient', status);
   }
 
@@ -599,14 +601,15 @@ export class Kernels {
     if (status !== 0) this.#fail('nn_moe_up_backward', status);
   }
 
-  /** dgate_up_weight[e] += sum over the slots of e of dgate_up[s]^T x[slot_token[s]]. */
-  moeUpWeightGradient(dgateUpWeight: Tensor, dgateUp: Tensor, x: Tensor, slotToken: Tensor, offsets: Tensor, T: number, H: number, F: number, E: number, K: number, dtype: ComputeType): void {
+  /** dgate_up_weight[e] += sum over the slots of e of dgate_up[s]^T x[slot_token[s]].
+   * accumulate as in nn_moe_down_weight_gradient. */
+  moeUpWeightGradient(dgateUpWeight: Tensor, dgateUp: Tensor, x: Tensor, slotToken: Tensor, offsets: Tensor, T: number, H: number, F: number, E: number, K: number, accumulate: number, dtype: ComputeType): void {
     if (dgateUpWeight.dtype !== 'f32' || !(dgateUpWeight.length >= E * 2 * F * H)) refuse('moe_up_weight_gradient', 'dgateUpWeight', dgateUpWeight, 'f32', E * 2 * F * H);
     if (dgateUp.dtype !== dtype || !(dgateUp.length >= T * K * 2 * F)) refuse('moe_up_weight_gradient', 'dgateUp', dgateUp, dtype, T * K * 2 * F);
     if (x.dtype !== dtype || !(x.length >= T * H)) refuse('moe_up_weight_gradient', 'x', x, dtype, T * H);
     if (slotToken.dtype !== 'i32' || !(slotToken.length >= T * K)) refuse('moe_up_weight_gradient', 'slotToken', slotToken, 'i32', T * K);
     if (offsets.dtype !== 'i32' || !(offsets.length >= E + 1)) refuse('moe_up_weight_gradient', 'offsets', offsets, 'i32', E + 1);
-    const status = this.#native.nn_moe_up_weight_gradient(this.#context, dgateUpWeight.address, dgateUp.address, x.address, slotToken.address, offsets.address, T, H, F, E, K, code(dtype));
+    const status = this.#native.nn_moe_up_weight_gradient(this.#context, dgateUpWeight.address, dgateUp.address, x.address, slotToken.address, offsets.address, T, H, F, E, K, accumulate, code(dtype));
     if (status !== 0) this.#fail('nn_moe_up_weight_gradient', status);
   }
 

@@ -83,7 +83,8 @@ NN_INLINE void micro_step(const int rows, const int vectors, nn_vec sum[MR][2], 
 }
 
 /* rows (1 .. MR) x vectors (1 .. 2) sums over `depth`, both constants at each call, so that the sums live in registers. On its
- * way it prefetches `fetches` (at most depth) lines. */
+ * way it prefetches `fetches` (at most depth) lines. Without `add` the sums are added to 0: -0 is stored as 0, to the bits that adding
+ * to zeros in memory gives. */
 NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const float *restrict a, const float *restrict b,
                      const void *const *fetch, int64_t fetches, const float *initial, int64_t initial_stride, float *out,
                      int64_t out_stride, int add) {
@@ -110,7 +111,7 @@ NN_INLINE void micro(const int rows, const int vectors, int64_t depth, const flo
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; v++) {
       float *to = out + i * out_stride + v * NN_LANES;
-      nn_v_store(to, add ? nn_v_load(to) + sum[i][v] : sum[i][v]);
+      nn_v_store(to, (add ? nn_v_load(to) : (nn_vec){0}) + sum[i][v]);
     }
 }
 

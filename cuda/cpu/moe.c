@@ -34,6 +34,7 @@ typedef struct grouped {
   float *out;
   const int32_t *slot_token, *offsets;
   int64_t H, F;
+  int accumulate;             /* of a weight gradient: whether `out` is added to */
   union {
     nn_swiglu_output *swiglu;     /* for each expert */
     nn_down_backward *backward;   /* for each expert */
@@ -168,19 +169,19 @@ static void describe_down_weight_gradient(const void *argument, int64_t e, nn_pr
   product->a = (nn_operand){.data = g->rows, .stride = g->H, .rows = g->slot_token + g->offsets[e], .transposed = 1};
   product->b = (nn_operand){.data = g->other + g->offsets[e] * g->F, .stride = g->F};
   product->k = slots_of(g, e);
-  product->m = product->k > 0 ? g->H : 0;
+  product->m = product->k > 0 || !g->accumulate ? g->H : 0; /* without slots nothing is to be added, but zeros to be stored */
   product->n = g->F;
   product->c = g->out + e * g->H * g->F;
   product->c_stride = g->F;
-  product->beta = 1.0f;
+  product->beta = g->accumulate ? 1.0f : 0.0f;
 }
 
 nn_status nn_moe_down_weight_gradient(nn_context *context, float *ddown_weight, const void *dout, const void *weighted_h,
                                       const int32_t *slot_token, const int32_t *offsets, int64_t T, int64_t H, int64_t F,
-                                      int64_t E, int64_t K, nn_dtype dtype) {
+                                      int64_t E, int64_t K, int32_t accumulate, nn_dtype dtype) {
   NN_REQUIRE_MOE(context, T, H, F, E, K, dtype);
   grouped g = {.rows = dout, .other = weighted_h, .out = ddown_weight, .slot_token = slot_token, .offsets = offsets, .H = H,
-               .F = F};
+               .F = F, .accumulate = accumulate != 0};
   run_grouped(context, &g, E, describe_down_weight_gradient);
   return NN_OK;
 }
@@ -210,19 +211,19 @@ static void describe_up_weight_gradient(const void *argument, int64_t e, nn_prod
   product->a = (nn_operand){.data = g->rows + g->offsets[e] * 2 * g->F, .stride = 2 * g->F, .transposed = 1};
   product->b = (nn_operand){.data = g->other, .stride = g->H, .rows = g->slot_token + g->offsets[e]};
   product->k = slots_of(g, e);
-  product->m = product->k > 0 ? 2 * g->F : 0;
+  product->m = product->k > 0 || !g->accumulate ? 2 * g->F : 0; /* without slots nothing is to be added, but zeros to be stored */
   product->n = g->H;
   product->c = g->out + e * 2 * g->F * g->H;
   product->c_stride = g->H;
-  product->beta = 1.0f;
+  product->beta = g->accumulate ? 1.0f : 0.0f;
 }
 
 nn_status nn_moe_up_weight_gradient(nn_context *context, float *dgate_up_weight, const void *dgate_up, const void *x,
                                     const int32_t *slot_token, const int32_t *offsets, int64_t T, int64_t H, int64_t F,
-                                    int64_t E, int64_t K, nn_dtype dtype) {
+                                    int64_t E, int64_t K, int32_t accumulate, nn_dtype dtype) {
   NN_REQUIRE_MOE(context, T, H, F, E, K, dtype);
   grouped g = {.rows = dgate_up, .other = x, .out = dgate_up_weight, .slot_token = slot_token, .offsets = offsets, .H = H,
-               .F = F};
+               .F = F, .accumulate = accumulate != 0};
   run_grouped(context, &g, E, describe_up_weight_gradient);
   return NN_OK;
 }

@@ -45,7 +45,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature or its meaning changes; a library of another version is refused when it is loaded. */
-#define NN_ABI_VERSION 1
+#define NN_ABI_VERSION 2
 
 typedef enum nn_status {
   NN_OK = 0,
@@ -528,15 +528,17 @@ NN_API nn_status nn_moe_down_backward(
     const void *down_weight,   // in dtype [E, H, F]
     int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, nn_dtype dtype);
 
-/* ddown_weight[e] += sum over the slots of e of dout[slot_token[s]]^T weighted_h[s]. */
+/* ddown_weight[e] += sum over the slots of e of dout[slot_token[s]]^T weighted_h[s].
+ * accumulate 0: the sum replaces what was there, which is not read: all E matrices are written, zeros for an expert without slots. Each
+ * element then has the bits that adding to zero gives it, so a sum of -0 is stored as 0. */
 NN_API nn_status nn_moe_down_weight_gradient(
     nn_context *context,
-    float *ddown_weight,       // add f32 [E, H, F]
+    float *ddown_weight,       // inout f32 [E, H, F]
     const void *dout,          // in dtype [T, H]
     const void *weighted_h,    // in dtype [T*K, F]
     const int32_t *slot_token, // in i32 [T*K]
     const int32_t *offsets,    // in i32 [E+1]
-    int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, nn_dtype dtype);
+    int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t accumulate, nn_dtype dtype);
 
 /* dx_slots[s] = dgate_up[s] gate_up_weight[e]; nn_moe_combine without weights then sums a token's slots. */
 NN_API nn_status nn_moe_up_backward(
@@ -547,15 +549,16 @@ NN_API nn_status nn_moe_up_backward(
     const void *gate_up_weight, // in dtype [E, 2*F, H]
     int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, nn_dtype dtype);
 
-/* dgate_up_weight[e] += sum over the slots of e of dgate_up[s]^T x[slot_token[s]]. */
+/* dgate_up_weight[e] += sum over the slots of e of dgate_up[s]^T x[slot_token[s]].
+ * accumulate as in nn_moe_down_weight_gradient. */
 NN_API nn_status nn_moe_up_weight_gradient(
     nn_context *context,
-    float *dgate_up_weight,    // add f32 [E, 2*F, H]
+    float *dgate_up_weight,    // inout f32 [E, 2*F, H]
     const void *dgate_up,      // in dtype [T*K, 2*F]
     const void *x,             // in dtype [T, H]
     const int32_t *slot_token, // in i32 [T*K]
     const int32_t *offsets,    // in i32 [E+1]
-    int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, nn_dtype dtype);
+    int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t accumulate, nn_dtype dtype);
 
 /* ---- loss ---------------------------------------------------------------------------------------------------- */
 /* A target of -100 is ignored: its loss and gradient are 0. Any other target outside 0..V-1 makes a NaN loss. */

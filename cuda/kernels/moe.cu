@@ -102,6 +102,11 @@ __global__ void sum_dots_kernel(float *dweight, const float *row_dots, const int
 
 #define MOE_SIZES_FIT (T >= 0 && H >= 0 && F >= 0 && E >= 1 && E < (1 << 20) && K >= 0 && valid(dtype))
 
+/* A weight gradient without slots: nothing to add, but zeros to store. */
+static nn_status without_slots(nn_context *context, float *gradient, int64_t n, int32_t accumulate) {
+  return accumulate ? NN_OK : nn_zero_grad(context, gradient, n);
+}
+
 extern "C" {
 
 nn_status nn_moe_permute(nn_context *context, int32_t *offsets, int32_t *load, int32_t *slot_token, float *slot_weight, int32_t *slot_of,
@@ -188,13 +193,13 @@ nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weight
 
 nn_status nn_moe_down_weight_gradient(nn_context *context, float *ddown_weight, const void *dout, const void *weighted_h,
                                       const int32_t *slot_token, const int32_t *offsets, int64_t T, int64_t H, int64_t F, int64_t E,
-                                      int64_t K, nn_dtype dtype) {
+                                      int64_t K, int32_t accumulate, nn_dtype dtype) {
   NN_ENTER(context, MOE_SIZES_FIT);
-  if (T * K == 0) return NN_OK;
+  if (T * K == 0) return without_slots(context, ddown_weight, E * H * F, accumulate);
   Product p = make_product(ddown_weight, dout, weighted_h, H, F, T * K, NN_F32, dtype);
   p.a_mn = p.b_mn = 1, p.lda = H, p.ldb = F;
   p.grouping = GROUP_DEPTH, p.groups = (int)E, p.offsets = offsets;
-  p.a_rows = slot_token, p.a_row_count = T, p.c_stride = H * F, p.beta = 1.0f, p.m_fastest = 1;
+  p.a_rows = slot_token, p.a_row_count = T, p.c_stride = H * F, p.beta = accumulate ? 1.0f : 0.0f, p.m_fastest = 1;
   return nn_run_product(context, p, __func__);
 }
 
@@ -208,13 +213,13 @@ nn_status nn_moe_up_backward(nn_context *context, void *dx_slots, const void *dg
 
 nn_status nn_moe_up_weight_gradient(nn_context *context, float *dgate_up_weight, const void *dgate_up, const void *x,
                                     const int32_t *slot_token, const int32_t *offsets, int64_t T, int64_t H, int64_t F, int64_t E,
-                                    int64_t K, nn_dtype dtype) {
+                                    int64_t K, int32_t accumulate, nn_dtype dtype) {
   NN_ENTER(context, MOE_SIZES_FIT);
-  if (T * K == 0) return NN_OK;
+  if (T * K == 0) return without_slots(context, dgate_up_weight, E * 2 * F * H, accumulate);
   Product p = make_product(dgate_up_weight, dgate_up, x, 2 * F, H, T * K, NN_F32, dtype);
   p.a_mn = p.b_mn = 1, p.lda = 2 * F, p.ldb = H;
   p.grouping = GROUP_DEPTH, p.groups = (int)E, p.offsets = offsets;
-  p.b_rows = slot_token, p.b_row_count = T, p.c_stride = 2 * F * H, p.beta = 1.0f;
+  p.b_rows = slot_token, p.b_row_count = T, p.c_stride = 2 * F * H, p.beta = accumulate ? 1.0f : 0.0f;
   return nn_run_product(context, p, __func__);
 }
 

@@ -17,7 +17,7 @@
 enum Grouping { WHOLE, GROUP_ROWS, GROUP_DEPTH, SPLIT_DEPTH };
 
 enum Epilogue {
-  STORE,           /* c = alpha * product + beta * c, in out_dtype */
+  STORE,           /* c = alpha * product + beta * c, in out_dtype; beta 0 does not read c, and gives the bits that zeros in c give */
   SWIGLU,          /* B's rows are [gate (n) | up (n)]: h = silu(gate) * up, c (may be NULL) = [gate | up] */
   SWIGLU_BACKWARD, /* the product is dh [rows, n]: c = dgate_up, weighted_h, and row_dots (see nn_moe_down_backward) */
 };
@@ -163,7 +163,7 @@ __device__ __forceinline__ void epilogue_store(const Product &p, const Tile &til
   if (row >= tile.m_end || column >= p.n) return;
   bool second = column + 1 < p.n;
   Out *at = (Out *)p.c + tile.group * p.c_stride + row * p.ldc + column;
-  x *= p.alpha, y *= p.alpha;
+  x = fmaf(p.alpha, x, 0.0f), y = fmaf(p.alpha, y, 0.0f); /* -0 becomes 0 */
   if (p.beta != 0.0f) {
     float2 old = load_two<Out>(at, second);
     x += p.beta * old.x, y += p.beta * old.y;

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(256) plain_kernel(const Product p) {
       if (TN == 1 || HALF % 2) { /* columns of a thread are no pairs */
         if (row < tile.m_end && column < p.n) {
           int64_t at = tile.group * p.c_stride + row * p.ldc + column;
-          float value = p.alpha * x;
+          float value = fmaf(p.alpha, x, 0.0f);
           if (p.out_dtype == NN_BF16) {
             if (p.beta != 0.0f) value += p.beta * to_float(((bf16 *)p.c)[at]);
             ((bf16 *)p.c)[at] = from_float<bf16>(value);

@@ -49,6 +49,13 @@ __device__ __forceinline__ void fill_box(uint32_t box, Value value) {
     }
 }
 
+/* alpha * x as the copy engine would leave it if it added it to 0: it flushes subnormals, and -0 becomes 0. */
+__device__ __forceinline__ float as_added(float alpha, float x) {
+  float sum;
+  asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(alpha), "f"(x), "f"(0.0f));
+  return sum;
+}
+
 /* 16 rows by 32 columns of float32 (d: 4 blocks of 8 columns) into a box. Odd rows go two blocks apart: no two lanes in one bank. */
 __device__ __forceinline__ void fill_box(uint32_t box, const float *d, float alpha) {
   const int lane = threadIdx.x & 31, odd = (lane >> 2) & 1;
@@ -61,7 +68,7 @@ __device__ __forceinline__ void fill_box(uint32_t box, const float *d, float alp
 #pragma unroll
       for (int turn = 0; turn < 2; turn++) {
         const int block = j + ((odd ^ turn) << 1);
-        const float x = alpha * (odd ^ turn ? high[0] : low[0]), y = alpha * (odd ^ turn ? high[1] : low[1]);
+        const float x = as_added(alpha, odd ^ turn ? high[0] : low[0]), y = as_added(alpha, odd ^ turn ? high[1] : low[1]);
         asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(box + row * 128 + (((block * 2 + ((lane & 3) >> 1)) ^ (row & 7)) << 4) + (lane & 1) * 8),
                      "f"(x), "f"(y)
                      : "memory");

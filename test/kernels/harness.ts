@@ -4,7 +4,8 @@
  *
  * For every case: outputs begin as NaN; guard bytes around every buffer survive; inputs keep their bits; outputs agree with the
  * float64 reference within the case's tolerance; the bits are the same again, and with 1, 2 and 3 threads on the CPU; an output
- * that may alias an input gives the same bits when it does; an `add` output gives the bits of zeros + contribution, added once.
+ * that may alias an input gives the same bits when it does; an `add` output gives the bits of zeros + contribution, added once; an
+ * output that is `same` as an `add` output has its bits.
  *
  * The suite runs for the CPU library and for the CUDA library, there in bf16 too (bf16.ts); CUDA_NN_TEST_DEVICE=cpu|cuda picks one.
  * Without a GPU the CUDA half is skipped, with the reason and the count on stderr.
@@ -46,6 +47,8 @@ export interface Case<B extends Buffers = Buffers> {
   readonly tolerance: Tolerance;
   /** [output, input]: the output may be the input. */
   readonly aliases?: readonly (readonly [keyof B & string, keyof B & string])[];
+  /** [output, `add` output]: the output comes out with the bits of the other, which began at zero. */
+  readonly same?: readonly (readonly [keyof B & string, keyof B & string])[];
   /** Sizes to ask the library for its workspace with; without them it gets plenty. */
   readonly workspace?: Partial<WorkspaceSizes>;
   /** The libraries that have it; without it, all. */
@@ -89,6 +92,12 @@ export function numbers(length: number, seed: number, scale = 1): Float32Array {
     if (i % 101 === 100) return i % 2 === 0 ? 0 : -0;
     return value;
   });
+}
+
+/** `values` with some columns so small that a product of two of them is subnormal, or rounds to a zero of either sign. */
+export function withTinyColumns(values: Float32Array, columns: number): Float32Array {
+  const scale = [1, 1e-20, 1, 1e-26, 1];
+  return values.map((value, i) => value * scale[(i % columns) % scale.length]!);
 }
 
 /** Integers in 0 .. bound-1. */
@@ -169,6 +178,12 @@ function sameBits(what: string, one: Case, a: Record<string, TypedArray>, b: Rec
   }
 }
 
+function samePairs(one: Case, result: Record<string, TypedArray>): void {
+  for (const [a, b] of one.same ?? []) {
+    if (!Buffer.from(bytesOf(result[a]!)).equals(bytesOf(result[b]!))) throw new Error(`${a} has other bits than ${b}`);
+  }
+}
+
 /** Everything that the head of this file lists, for one case. `devices` differ in their thread count only. */
 export function checkCase(devices: readonly Device[], one: Case): void {
   const [first] = devices as [Device, ...Device[]];
@@ -178,6 +193,7 @@ export function checkCase(devices: readonly Device[], one: Case): void {
   for (const [name, { way }] of Object.entries(one.buffers)) {
     if (way !== 'in') compare(name, result[name]!, expected[name]!, one.tolerance);
   }
+  samePairs(one, result);
   for (const [i, device] of [...devices.slice(1), first].entries()) {
     sameBits(`in run ${i + 2} (threads may differ)`, one, result, execute(device, one, 'zeros'));
   }
@@ -232,6 +248,7 @@ export function forEachLibrary(title: string, count: number, body: (library: 'cp
 export function checkHalf(device: Device, cpu: Device, one: HalfCase): void {
   const result = execute(device, one.half, 'zeros');
   compareHalf(one, result, execute(cpu, one.plain, 'zeros'));
+  samePairs(one.half, result);
   sameBits('in run 2', one.half, result, execute(device, one.half, 'zeros'));
   for (const alias of one.half.aliases ?? []) {
     const aliased = { ...one.half, buffers: { [alias[0]]: one.half.buffers[alias[0]]! } };

@@ -1,6 +1,6 @@
 /** The moe section of nn.h (all but the router): sorting, the grouped products with their epilogues, and the sum per token. */
 import type { Case } from './harness.ts';
-import { EXACT, accumulate, define, describeKernels, generator, input, integers, numbers, output } from './harness.ts';
+import { EXACT, accumulate, define, describeKernels, generator, input, integers, numbers, output, withTinyColumns } from './harness.ts';
 import { describeInstructionSets, product, sumTolerance } from './products.ts';
 import type { Numbers } from './reference.ts';
 
@@ -202,8 +202,8 @@ function downBackward(shape: Shape, kept: boolean): Case {
 function downWeightGradient(shape: Shape): Case {
   const { T, H, F, E, K } = shape;
   const routing = route(shape);
-  const dout = numbers(T * H, 61);
-  const weightedH = numbers(T * K * F, 62);
+  const dout = withTinyColumns(numbers(T * H, 61), H);
+  const weightedH = withTinyColumns(numbers(T * K * F, 62), F);
   const { exact, tolerance } = grouped(shape, routing, (_, first, count) => [
     { values: dout, columns: H, rows: (row) => routing.slotToken[first + row]!, transposed: true },
     { values: weightedH.subarray(first * F), columns: F }, H, F, count,
@@ -211,11 +211,13 @@ function downWeightGradient(shape: Shape): Case {
   return define({
     kernel: 'moe_down_weight_gradient', sizes: name(shape),
     buffers: {
-      gradient: accumulate(numbers(E * H * F, 63)), dout: input(dout), weightedH: input(weightedH), slotToken: input(routing.slotToken),
+      gradient: accumulate(numbers(E * H * F, 63)), stored: output('f32', E * H * F), dout: input(dout), weightedH: input(weightedH), slotToken: input(routing.slotToken),
       offsets: input(routing.offsets),
     },
-    run: (kernels, t) => kernels.moeDownWeightGradient(t.gradient, t.dout, t.weightedH, t.slotToken, t.offsets, T, H, F, E, K, 'f32'),
-    expected: () => ({ gradient: exact }), tolerance,
+    run: (kernels, t) => {
+      for (const [out, add] of [[t.gradient, 1], [t.stored, 0]] as const) kernels.moeDownWeightGradient(out, t.dout, t.weightedH, t.slotToken, t.offsets, T, H, F, E, K, add, 'f32');
+    },
+    expected: () => ({ gradient: exact, stored: exact }), tolerance, same: [['stored', 'gradient']],
   });
 }
 
@@ -238,8 +240,8 @@ function upBackward(shape: Shape): Case {
 function upWeightGradient(shape: Shape): Case {
   const { T, H, F, E, K } = shape;
   const routing = route(shape);
-  const dgateUp = numbers(T * K * 2 * F, 81);
-  const x = numbers(T * H, 82);
+  const dgateUp = withTinyColumns(numbers(T * K * 2 * F, 81), 2 * F);
+  const x = withTinyColumns(numbers(T * H, 82), H);
   const { exact, tolerance } = grouped(shape, routing, (_, first, count) => [
     { values: dgateUp.subarray(first * 2 * F), columns: 2 * F, transposed: true },
     { values: x, columns: H, rows: (row) => routing.slotToken[first + row]! }, 2 * F, H, count,
@@ -247,11 +249,13 @@ function upWeightGradient(shape: Shape): Case {
   return define({
     kernel: 'moe_up_weight_gradient', sizes: name(shape),
     buffers: {
-      gradient: accumulate(numbers(E * 2 * F * H, 83)), dgateUp: input(dgateUp), x: input(x), slotToken: input(routing.slotToken),
+      gradient: accumulate(numbers(E * 2 * F * H, 83)), stored: output('f32', E * 2 * F * H), dgateUp: input(dgateUp), x: input(x), slotToken: input(routing.slotToken),
       offsets: input(routing.offsets),
     },
-    run: (kernels, t) => kernels.moeUpWeightGradient(t.gradient, t.dgateUp, t.x, t.slotToken, t.offsets, T, H, F, E, K, 'f32'),
-    expected: () => ({ gradient: exact }), tolerance,
+    run: (kernels, t) => {
+      for (const [out, add] of [[t.gradient, 1], [t.stored, 0]] as const) kernels.moeUpWeightGradient(out, t.dgateUp, t.x, t.slotToken, t.offsets, T, H, F, E, K, add, 'f32');
+    },
+    expected: () => ({ gradient: exact, stored: exact }), tolerance, same: [['stored', 'gradient']],
   });
 }
 

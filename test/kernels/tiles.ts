@@ -3,8 +3,8 @@
  * rows that are packed first (2,048 slots), attention tiles of 64, 128 and 192 rows, sequences that end inside of one, chunks of the
  * loss; and the kernels of a decoding step, which are bf16's only. The reference is the CPU (bf16.ts), so that sizes may be what would take JavaScript minutes. Used by tiles.test.ts on a GPU.
  */
-import type { Case } from './harness.ts';
-import { accumulate, define, inout, input, integers, numbers, output } from './harness.ts';
+import type { Case, CaseBuffer } from './harness.ts';
+import { accumulate, define, inout, input, integers, numbers, output, withTinyColumns } from './harness.ts';
 
 const never = (): never => {
   throw new Error('these cases are compared with the CPU');
@@ -67,6 +67,8 @@ const experts = (): Case[] => EXPERTS.flatMap(
     const N = T * K;
     const { offsets, slotToken, slotOf, slotWeight } = routed(T, E, K, used);
     const [x, h, gateUp] = [input(numbers(T * H, 11)), input(numbers(N * F, 12)), input(numbers(N * 2 * F, 13))];
+    const tiny = (seed: number, columns: number, rows: number): CaseBuffer => input(withTinyColumns(numbers(rows * columns, seed), columns));
+    const [tinyX, tinyH, tinyGateUp] = [tiny(11, H, T), tiny(12, F, N), tiny(13, 2 * F, N)];
     const [up, down] = [input(numbers(E * 2 * F * H, 14, H ** -0.5)), input(numbers(E * H * F, 15, F ** -0.5))];
     const common = { sizes: `T ${T}, H ${H}, F ${F}, E ${E} (${used} used), K ${K}`, expected: never, tolerance, workspace: { T, S: T, H, F, E, K } };
     return [
@@ -84,16 +86,22 @@ const experts = (): Case[] => EXPERTS.flatMap(
         run: (k, t) => k.moeDownBackward(t.dgateUp, t.weightedH, t.dweight, t.dout, t.gateUp, null, t.slotToken, t.slotWeight, t.slotOf, t.offsets, t.down, T, H, F, E, K, 'f32'),
       }),
       define({
-        ...common, kernel: 'moe_down_weight_gradient', buffers: { dw: accumulate(numbers(E * H * F, 16)), dout: x, h, slotToken, offsets },
-        run: (k, t) => k.moeDownWeightGradient(t.dw, t.dout, t.h, t.slotToken, t.offsets, T, H, F, E, K, 'f32'),
+        ...common, kernel: 'moe_down_weight_gradient', same: [['stored', 'dw']],
+        buffers: { dw: accumulate(numbers(E * H * F, 16)), stored: output('f32', E * H * F), dout: tinyX, h: tinyH, slotToken, offsets },
+        run: (k, t) => {
+          for (const [out, add] of [[t.dw, 1], [t.stored, 0]] as const) k.moeDownWeightGradient(out, t.dout, t.h, t.slotToken, t.offsets, T, H, F, E, K, add, 'f32');
+        },
       }),
       define({
         ...common, kernel: 'moe_up_backward', buffers: { dx: output('f32', N * H), gateUp, offsets, up },
         run: (k, t) => k.moeUpBackward(t.dx, t.gateUp, t.offsets, t.up, T, H, F, E, K, 'f32'),
       }),
       define({
-        ...common, kernel: 'moe_up_weight_gradient', buffers: { dw: accumulate(numbers(E * 2 * F * H, 17)), gateUp, x, slotToken, offsets },
-        run: (k, t) => k.moeUpWeightGradient(t.dw, t.gateUp, t.x, t.slotToken, t.offsets, T, H, F, E, K, 'f32'),
+        ...common, kernel: 'moe_up_weight_gradient', same: [['stored', 'dw']],
+        buffers: { dw: accumulate(numbers(E * 2 * F * H, 17)), stored: output('f32', E * 2 * F * H), gateUp: tinyGateUp, x: tinyX, slotToken, offsets },
+        run: (k, t) => {
+          for (const [out, add] of [[t.dw, 1], [t.stored, 0]] as const) k.moeUpWeightGradient(out, t.gateUp, t.x, t.slotToken, t.offsets, T, H, F, E, K, add, 'f32');
+        },
       }),
     ];
   },

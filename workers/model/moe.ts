@@ -72,9 +72,9 @@ export function moeBackward(
   kernels.moeDownBackward(
     gateUp, scratch.weightedH, scratch.dweight, dx, gateUp, h, slotToken, slotWeight, slotOf, offsets, weights.down, T, H, F, E, K, dtype,
   );
-  kernels.moeDownWeightGradient(gradients.down, dx, scratch.weightedH, slotToken, offsets, T, H, F, E, K, dtype);
+  kernels.moeDownWeightGradient(gradients.down, dx, scratch.weightedH, slotToken, offsets, T, H, F, E, K, 1, dtype);
   kernels.moeUpBackward(scratch.dslots, gateUp, offsets, weights.gateUp, T, H, F, E, K, dtype);
-  kernels.moeUpWeightGradient(gradients.gateUp, gateUp, state.normed2, slotToken, offsets, T, H, F, E, K, dtype);
+  kernels.moeUpWeightGradient(gradients.gateUp, gateUp, state.normed2, slotToken, offsets, T, H, F, E, K, 1, dtype);
   kernels.softmaxTopkBackward(scratch.dlogits, scratch.dweight, state.probability, state.weight, state.index, state.load, T, E, K, auxScale);
   if (dtype !== 'f32') kernels.cast(scratch.dlogitsCompute, scratch.dlogits, T * E, dtype, 'f32');
   kernels.gemmBeta(gradients.router, scratch.dlogitsCompute, state.normed2, E, H, T, 1, 0, 1, 1, 'f32', dtype);

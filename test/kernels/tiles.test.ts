@@ -2,4 +2,4 @@
 import { describeInBf16 } from './harness.ts';
 import { tileCases } from './tiles.ts';
 
-describeInBf16('tensor-core tiles', 208, tileCases);
+describeInBf16('tensor-core tiles', 219, tileCases);

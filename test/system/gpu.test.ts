@@ -13,7 +13,7 @@ import type { TrainerOptions } from '../../workers/model/trainer.ts';
 import { whyNoGpu } from '../support/gpu.ts';
 
 const reason = whyNoGpu();
-const COUNT = 12;
+const COUNT = 14;
 const gpu = { library: 'cuda', index: 0, threads: 0 } as const;
 
 const options: TrainerOptions = {
@@ -46,8 +46,8 @@ interface Curve {
   readonly freeBytes: number[];
 }
 
-/** Trains `steps` steps of two microbatches. */
-function train(device: Device, change: Partial<TrainerOptions> = {}, steps = 50): Curve {
+/** Trains `steps` steps of one shard of two microbatches. `zeroFirst`: the whole gradient is zeroed, so that the first adds to it as the second. */
+function train(device: Device, change: Partial<TrainerOptions> = {}, steps = 50, zeroFirst = false): Curve {
   const all = { ...options, ...change };
   const trainer = new Trainer(device, all);
   const tokens = 2 * all.sequences * all.sequenceLength;
@@ -56,7 +56,10 @@ function train(device: Device, change: Partial<TrainerOptions> = {}, steps = 50)
     trainer.initialise(5);
     for (let step = 1; step <= steps; step++) {
       trainer.beginStep();
+      if (zeroFirst) trainer.readGradient(0, new Float32Array(1));
+      trainer.beginShard();
       const reports = [0, 1].map((micro) => trainer.accumulate(batchOf(2 * step + micro, all), { loss: 1 / tokens, aux: all.optimizer.auxLossWeight / 2 }));
+      trainer.endShard();
       if (step === steps) curve.digests.push(trainer.gradientDigest());
       trainer.applyStep(step);
       curve.losses.push(reports.reduce((sum, { lossSum }) => sum + lossSum, 0) / tokens);
@@ -102,6 +105,14 @@ if (reason !== undefined) process.stderr.write(`skipped: ${COUNT} tests of train
       for (const keep of [undefined, { attention: 0, gateUp: 0 }, { attention: 3, gateUp: 0 }, { attention: 4, gateUp: 2 }]) {
         expect(train(device, { precision, recompute: 'layer', keep }, 3).digests).to.deep.equal(none);
       }
+    });
+  }
+
+  for (const precision of ['fp32', 'bf16'] as const) {
+    it(`gives the same bits in ${precision} whether the first microbatch stores the experts’ gradients or adds them to zeros, and with shards apart`, () => {
+      const stored = train(device, { precision }, 5).digests;
+      expect(train(device, { precision }, 5, true).digests).to.deep.equal(stored);
+      expect(train(device, { precision, separateShards: true }, 5).digests).to.deep.equal(stored);
     });
   }
 

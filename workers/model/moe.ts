@@ -58,23 +58,25 @@ export function combineForward(
 }
 
 /**
- * dx = the gradient of `sum`, where dx comes in as the gradient of the layer's output; the weights' gradients are added to.
+ * dx = the gradient of `sum`, where dx comes in as the gradient of the layer's output; the weights' gradients are added to;
+ * without `accumulate` those of the experts' matrices are stored instead, all of them, whatever is there.
  * `h` is the state's, or null to have it computed again. auxScale: aux loss weight / microbatches of the step. gateUp is
  * overwritten by its gradient.
  */
 export function moeBackward(
   kernels: Kernels, dx: Tensor, gradients: LayerViews, scratch: MoeScratch, state: MoeState, h: Tensor | null, weights: LayerViews,
-  { T }: BatchSizes, sizes: Sizes, auxScale: number,
+  { T }: BatchSizes, sizes: Sizes, auxScale: number, accumulate: boolean,
 ): void {
+  const add = accumulate ? 1 : 0;
   const { H, F, E, K, dtype } = sizes;
   const { slotToken, slotWeight, slotOf, offsets } = state;
   const gateUp = state.gateUp!;
   kernels.moeDownBackward(
     gateUp, scratch.weightedH, scratch.dweight, dx, gateUp, h, slotToken, slotWeight, slotOf, offsets, weights.down, T, H, F, E, K, dtype,
   );
-  kernels.moeDownWeightGradient(gradients.down, dx, scratch.weightedH, slotToken, offsets, T, H, F, E, K, 1, dtype);
+  kernels.moeDownWeightGradient(gradients.down, dx, scratch.weightedH, slotToken, offsets, T, H, F, E, K, add, dtype);
   kernels.moeUpBackward(scratch.dslots, gateUp, offsets, weights.gateUp, T, H, F, E, K, dtype);
-  kernels.moeUpWeightGradient(gradients.gateUp, gateUp, state.normed2, slotToken, offsets, T, H, F, E, K, 1, dtype);
+  kernels.moeUpWeightGradient(gradients.gateUp, gateUp, state.normed2, slotToken, offsets, T, H, F, E, K, add, dtype);
   kernels.softmaxTopkBackward(scratch.dlogits, scratch.dweight, state.probability, state.weight, state.index, state.load, T, E, K, auxScale);
   if (dtype !== 'f32') kernels.cast(scratch.dlogitsCompute, scratch.dlogits, T * E, dtype, 'f32');
   kernels.gemmBeta(gradients.router, scratch.dlogitsCompute, state.normed2, E, H, T, 1, 0, 1, 1, 'f32', dtype);

@@ -70,7 +70,9 @@ export class Network {
   readonly #report: Tensor;
   readonly #lossSum: Tensor;
   readonly #reportHost: Uint8Array;
-  readonly #microbatch: Replay;
+  /** Of a microbatch that stores the experts' gradients, and of one that adds to them: a recording fixes which. */
+  readonly #storing: Replay;
+  readonly #adding: Replay;
   /** Sequence length that the position table holds now. */
   #positionsOf = 0;
 
@@ -81,7 +83,8 @@ export class Network {
     this.#device = device;
     this.#kernels = device.kernels;
     this.#options = options;
-    this.#microbatch = new Replay(device, options.graph);
+    this.#storing = new Replay(device, options.graph);
+    this.#adding = new Replay(device, options.graph);
     this.#rope = { cosine: arena.tensor('cosine'), sine: arena.tensor('sine'), position: arena.tensor('position'), positions: sequenceLength };
     this.#tokens = arena.tensor('tokens');
     this.#targets = arena.tensor('targets');
@@ -112,17 +115,21 @@ export class Network {
     this.#kernels.ropeFreqs(this.#rope.cosine, this.#rope.sine, sequenceLength, D, ropeTheta, ntkAlpha);
   }
 
-  /** Forward and backward; gradients are added to. scale.loss and scale.aux as in Trainer.accumulate. */
-  forwardAndBackward(batch: Batch, scale: { readonly loss: number; readonly aux: number }): Report {
+  /**
+   * Forward and backward; gradients are added to. Without `accumulate` those of the experts' matrices are stored, whatever is there.
+   * scale.loss and scale.aux as in Trainer.accumulate.
+   */
+  forwardAndBackward(batch: Batch, scale: { readonly loss: number; readonly aux: number }, accumulate: boolean): Report {
     const { gradients, sequenceLength } = this.#options;
     if (gradients === null) throw new Error('this network has no memory for gradients');
     const of = this.#begin(batch.inputs, batch.targets, sequenceLength);
-    this.#microbatch.run(`${of.T} tokens, ${scale.loss}, ${scale.aux}`, () => this.#queueMicrobatch(of, gradients, scale));
+    const replay = accumulate ? this.#adding : this.#storing;
+    replay.run(`${of.T} tokens, ${scale.loss}, ${scale.aux}`, () => this.#queueMicrobatch(of, gradients, scale, accumulate));
     return this.#readReport();
   }
 
   /** The kernels of a microbatch, none of which the host waits for. */
-  #queueMicrobatch(of: BatchSizes, gradients: ModelViews, scale: { readonly loss: number; readonly aux: number }): void {
+  #queueMicrobatch(of: BatchSizes, gradients: ModelViews, scale: { readonly loss: number; readonly aux: number }, accumulate: boolean): void {
     const { sizes, weights } = this.#options;
     const kernels = this.#kernels;
     const dx = this.#dx!;
@@ -132,7 +139,7 @@ export class Network {
       const { x, kept, backState, scratch } = this.#layers[layer]!;
       if (kept === 'nothing') layerInner(kernels, backState, x, weights.layers[layer]!, this.#rope, of, sizes);
       else if (kept === 'attention') expertsForward(kernels, backState, weights.layers[layer]!, of, sizes);
-      layerBackward(kernels, dx, gradients.layers[layer]!, scratch!, backState, hasH(kept), x, weights.layers[layer]!, this.#rope, of, sizes, scale.aux);
+      layerBackward(kernels, dx, gradients.layers[layer]!, scratch!, backState, hasH(kept), x, weights.layers[layer]!, this.#rope, of, sizes, scale.aux, accumulate);
     }
     embeddingBackward(kernels, gradients, dx, this.#tokens, of, sizes);
   }
@@ -162,9 +169,10 @@ export class Network {
     }
   }
 
-  /** Gives the recorded graph back. */
+  /** Gives the recorded graphs back. */
   close(): void {
-    this.#microbatch.close();
+    this.#storing.close();
+    this.#adding.close();
   }
 
   /** Uploads a batch. Its length must be whole sequences, no more tokens than planned. */

@@ -1,7 +1,7 @@
 /**
  * Where each parameter lies in a flat buffer. Master weights, m, v, the gradient and (in bf16) the compute copy are five
  * buffers of this one layout, so that a position means the same parameter in all of them. Pure but for `viewsOf`, which cuts
- * tensors out of a buffer. Used by the trainer, the decoder, the plan and the exchange.
+ * tensors out of a buffer. Used by the trainer, its gradients, the decoder, the plan and the exchange.
  *
  *   embedding | per layer: norm | q k v | o | norm | router | (w1 w3) of every expert | w2 of every expert | norm | head
  *
@@ -21,10 +21,14 @@ export interface PlacedParameter {
   readonly length: number;
 }
 
-/** A run of elements which AdamW treats alike. */
-export interface DecayRange {
+/** A run of elements of a flat buffer. */
+export interface ElementRange {
   readonly offset: number;
   readonly length: number;
+}
+
+/** A run of elements which AdamW treats alike. */
+export interface DecayRange extends ElementRange {
   readonly decay: boolean;
 }
 
@@ -78,6 +82,18 @@ export function layoutParameters(model: ModelConfig): ParameterLayout {
   const last = ranges.at(-1)!;
   last.length = flatLength - last.offset;
   return { parameters, flatLength, ranges };
+}
+
+/** Where the experts' matrices lie, in rising order and without padding: what the two nn_moe_*_weight_gradient write. */
+export function expertRanges({ parameters }: ParameterLayout): ElementRange[] {
+  const ranges: { offset: number; length: number }[] = [];
+  for (const { name, offset, length } of parameters) {
+    if (!/\.experts\.\d+\./.test(name)) continue;
+    const last = ranges.at(-1);
+    if (last !== undefined && last.offset + last.length === offset) last.length += length;
+    else ranges.push({ offset, length });
+  }
+  return ranges;
 }
 
 /** The matrices of one layer, as kernels take them. */

@@ -14,10 +14,11 @@ import { reinterpret, slice } from '../../cuda/device.ts';
 import type { Device, Kernels, Tensor } from '../../cuda/device.ts';
 import { decodeBf16, encodeBf16 } from '../../data/safetensors.ts';
 import { Arena } from './arena.ts';
+import { Gradient } from './gradient.ts';
 import { Network } from './network.ts';
 import type { Batch, Report } from './network.ts';
-import { layoutParameters, viewsOf } from './parameters.ts';
-import type { ParameterLayout, PlacedParameter, WeightSource } from './parameters.ts';
+import { expertRanges, layoutParameters, viewsOf } from './parameters.ts';
+import type { ElementRange, ParameterLayout, PlacedParameter, WeightSource } from './parameters.ts';
 import { keptOf, memoryPlan, planWithin } from './plan.ts';
 import type { Keep, PlanOptions } from './plan.ts';
 import { Replay } from './replay.ts';
@@ -66,15 +67,13 @@ const STAGE_ELEMENTS = 1 << 20;
 /** What a GPU's memory must have left beside the arena, for the code of kernels, graphs and the driver, before a layer is kept. */
 const SPARE_BYTES = 1.5e9;
 
-/** One range of parameters that AdamW treats alike, cut out of every flat buffer. */
-interface OptimizerRange {
-  readonly length: number;
+/** One range of parameters that AdamW treats alike, cut out of every flat buffer but the gradient. */
+interface OptimizerRange extends ElementRange {
   readonly decay: boolean;
   readonly parameter: Tensor;
   readonly compute: Tensor | null;
   readonly m: Tensor;
   readonly v: Tensor;
-  readonly gradient: Tensor;
 }
 
 export class Trainer {
@@ -88,6 +87,9 @@ export class Trainer {
   readonly #options: TrainerOptions;
   readonly #layout: ParameterLayout;
   readonly #arena: Arena;
+  /** The step's sum, and, where shards are summed apart, the shard's; null without memory for gradients. */
+  readonly #gradient: Gradient | null;
+  readonly #shardGradient: Gradient | null;
   readonly #network: Network;
   readonly #update: Replay;
   readonly #workspace: Tensor;
@@ -130,18 +132,22 @@ export class Trainer {
     this.#enter();
     const training = options.evaluateOnly !== true;
     this.#zero(this.#master);
-    if (training) for (const name of ['m', 'v', 'gradient']) this.#zero(at(name));
+    if (training) for (const name of ['m', 'v']) this.#zero(at(name));
     this.#ranges = !training
       ? []
       : this.#layout.ranges.map(({ offset, length, decay }) => ({
+          offset,
           length,
           decay,
           parameter: slice(this.#master, offset, length),
           compute: this.#compute === null ? null : slice(this.#compute, offset, length),
           m: slice(at('m'), offset, length),
           v: slice(at('v'), offset, length),
-          gradient: slice(at('gradient'), offset, length),
         }));
+    // What microbatches add to is stored first; a sum of shards apart begins at zero.
+    const stored = expertRanges(this.#layout);
+    this.#gradient = training ? new Gradient(this.#kernels, at('gradient'), options.separateShards ? [] : stored) : null;
+    this.#shardGradient = training && options.separateShards ? new Gradient(this.#kernels, at('shardGradient'), stored) : null;
     const accumulator = training ? at(options.separateShards ? 'shardGradient' : 'gradient') : null;
     this.#network = new Network(device, this.#arena, {
       sizes,
@@ -184,19 +190,19 @@ export class Trainer {
 
   /** The step's gradient becomes zero. */
   beginStep(): void {
-    this.#zero(this.#arena.tensor('gradient'));
+    this.#stepGradient().clear();
   }
 
   /** What follows until endShard belongs to the next shard of the step. */
   beginShard(): void {
-    if (this.#options.separateShards) this.#zero(this.#arena.tensor('shardGradient'));
+    this.#shardGradient?.clear();
   }
 
   /** Adds the shard's gradient to the step's. */
   endShard(): void {
-    if (!this.#options.separateShards) return;
-    const gradient = this.#arena.tensor('gradient');
-    this.#kernels.add(gradient, gradient, this.#arena.tensor('shardGradient'), this.flatLength, 'f32');
+    if (this.#shardGradient === null) return;
+    const gradient = this.#stepGradient().whole();
+    this.#kernels.add(gradient, gradient, this.#shardGradient.whole(), this.flatLength, 'f32');
   }
 
   /**
@@ -205,29 +211,31 @@ export class Trainer {
    */
   accumulate(batch: Batch, scale: { readonly loss: number; readonly aux: number }): MicrobatchReport {
     this.#enter();
-    return reportOf(this.#network.forwardAndBackward(batch, scale), batch);
+    const accumulator = this.#shardGradient ?? this.#stepGradient();
+    return accumulator.microbatch((accumulate) => reportOf(this.#network.forwardAndBackward(batch, scale, accumulate), batch));
   }
 
   /** 32 hex digits: nn_digest of the step's gradient. */
   gradientDigest(): string {
-    return this.#digestOf(this.#arena.tensor('gradient'));
+    return this.#digestOf(this.#stepGradient().whole());
   }
 
   /** Elements offset .. offset+into.length-1 of the step's gradient. */
   readGradient(offset: number, into: Float32Array): void {
-    this.#device.download(into, slice(this.#arena.tensor('gradient'), offset, into.length));
+    this.#device.download(into, slice(this.#stepGradient().whole(), offset, into.length));
   }
 
   writeGradient(offset: number, from: Float32Array): void {
-    this.#device.upload(slice(this.#arena.tensor('gradient'), offset, from.length), from);
+    this.#device.upload(slice(this.#stepGradient().whole(), offset, from.length), from);
   }
 
   /** gradient += from, element by element. */
   addGradient(offset: number, from: Float32Array): void {
+    const gradient = this.#stepGradient().whole();
     const staging = this.#arena.staging();
     for (let start = 0; start < from.length; start += staging.length) {
       const piece = from.subarray(start, start + staging.length);
-      const target = slice(this.#arena.tensor('gradient'), offset + start, piece.length);
+      const target = slice(gradient, offset + start, piece.length);
       this.#device.upload(staging, piece);
       this.#kernels.add(target, target, staging, piece.length, 'f32');
     }
@@ -241,16 +249,17 @@ export class Trainer {
     this.#scheduleHost[0] = rate;
     this.#scheduleHost[1] = step;
     this.#device.upload(this.#schedule, this.#scheduleHost);
-    this.#update.run('update', () => this.#queueUpdate());
+    // Outside of the recording, which is of the update alone.
+    const gradient = this.#stepGradient().whole();
+    this.#update.run('update', () => this.#queueUpdate(gradient));
     this.#device.download(this.#controlHost, this.#control);
     const [gradientNorm, clipScale, skip] = this.#controlHost as unknown as [number, number, number];
     const skipped = skip !== 0;
-    return { gradientNorm, clipScale, learningRate: rate, skipped, nonFinite: skipped ? this.#firstNonFinite() : null };
+    return { gradientNorm, clipScale, learningRate: rate, skipped, nonFinite: skipped ? this.#firstNonFinite(gradient) : null };
   }
 
   /** A sum of float32 squares in float64 is finite exactly when every element is. Waits for the device once for each parameter. */
-  #firstNonFinite(): string | null {
-    const gradient = this.#arena.tensor('gradient');
+  #firstNonFinite(gradient: Tensor): string | null {
     const sum = new Float64Array(1);
     for (const { name, offset, length } of this.parameters) {
       this.#kernels.gradNorm(this.#sumOfSquares, slice(gradient, offset, length), length);
@@ -261,16 +270,16 @@ export class Trainer {
   }
 
   /** Norm, clip and AdamW over all ranges; learning rate and step number lie on the device. */
-  #queueUpdate(): void {
+  #queueUpdate(gradient: Tensor): void {
     const { optimizer } = this.#options;
     const kernels = this.#kernels;
-    kernels.gradNorm(this.#sumOfSquares, this.#arena.tensor('gradient'), this.flatLength);
+    kernels.gradNorm(this.#sumOfSquares, gradient, this.flatLength);
     kernels.gradClip(this.#control, this.#sumOfSquares, optimizer.clipNorm);
     const stateDtype = optimizer.stateDtype === 'bf16' ? 'bf16' : 'f32';
     const dtype = this.#compute === null ? 'f32' : 'bf16';
-    for (const { parameter, compute, m, v, gradient, length, decay } of this.#ranges) {
+    for (const { parameter, compute, m, v, offset, length, decay } of this.#ranges) {
       kernels.adamwStep(
-        parameter, compute, m, v, gradient, this.#control, this.#schedule, length, optimizer.beta1, optimizer.beta2, optimizer.epsilon,
+        parameter, compute, m, v, slice(gradient, offset, length), this.#control, this.#schedule, length, optimizer.beta1, optimizer.beta2, optimizer.epsilon,
         decay ? optimizer.weightDecay : 0, stateDtype, dtype,
       );
     }
@@ -352,6 +361,11 @@ export class Trainer {
   /** Several trainers and decoders may share a device: each lends its own workspace before it computes. */
   #enter(): void {
     this.#device.setWorkspace(this.#workspace);
+  }
+
+  #stepGradient(): Gradient {
+    if (this.#gradient === null) throw new Error('this trainer has no memory for gradients');
+    return this.#gradient;
   }
 
   #zero(tensor: Tensor): void {

@@ -1,5 +1,5 @@
 /** The tensor-core kernels in bf16 at the borders of their tiles (tiles.ts), on a GPU; skips loudly without one. */
 import { describeInBf16 } from './harness.ts';
-import { tileCases } from './tiles.ts';
+import { TILE_TESTS, tileCases } from './tiles.ts';
 
-describeInBf16('tensor-core tiles', 219, tileCases);
+describeInBf16('tensor-core tiles', TILE_TESTS, tileCases);

@@ -188,5 +188,8 @@ const stepExperts = (): Case[] => ([[1, 64, 128, 4, 2], [8, 128, 192, 6, 3], [9,
   }),
 );
 
+/** How many tests they make (kernels-in-bf16.test.ts holds it): what is said where there is no GPU. */
+export const TILE_TESTS = 219;
+
 /** All of them; making them takes a second. */
 export const tileCases = (): Case[] => [...products(), ...experts(), ...attention(), ...losses(), ...norms(), ...stepAttention(), ...stepExperts()];

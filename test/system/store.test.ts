@@ -210,6 +210,30 @@ describe('the store', function () {
     expect((await verifyCheckpoint(join(checkpoints, 'step-8'))).step).to.equal(8);
   });
 
+  it('a disk that is full there is told as such, leaves no checkpoint, and takes the rest once there is room', async function () {
+    const { path, manifest } = await made('made-5', 5, 0.75);
+    const checkpoints = join(config.runs, 'full', 'checkpoints');
+    mkdirSync(checkpoints, { recursive: true });
+    try {
+      execFileSync('mount', ['-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', checkpoints], { stdio: 'pipe' });
+    } catch (error) {
+      console.error(`      skipped: a small tmpfs cannot be mounted here (${(error as Error).message.split('\n').at(-1)}); run as root to test a full disk`);
+      this.skip();
+    }
+    try {
+      const error = await store.deliver('full', 'step-5', 3, path, manifest).then(() => null, (thrown: unknown) => thrown as Error & { code: string });
+      expect(error?.code).to.equal('DISK_FULL');
+      expect(error?.message).to.include(checkpoints);
+      expect(existsSync(join(checkpoints, 'step-5'))).to.equal(false);
+      execFileSync('mount', ['-o', 'remount,size=16m', checkpoints], { stdio: 'pipe' });
+      const { sentBytes } = await store.deliver('full', 'step-5', 3, path, manifest);
+      expect((await verifyCheckpoint(join(checkpoints, 'step-5'))).step).to.equal(5);
+      expect(sentBytes, 'what was there already is not sent again').to.be.below(Object.values(manifest.files).reduce((sum, { bytes }) => sum + bytes, 0));
+    } finally {
+      execFileSync('umount', [checkpoints]);
+    }
+  });
+
   it('deliveries that nobody carries on do not keep others out', async () => {
     const { path, manifest } = await made('made-9', 9, 0.3);
     const begin = (step: number): Promise<Response> =>

@@ -50,7 +50,7 @@ export const ERROR_KINDS = {
   DEVICE_MEMORY: kind('never', 4, 'The model and its activations do not fit on the device.'),
   DEVICE_FAULT: kind('restart', 4, 'The device reported a fault; only a new process cures it.'),
   STORE_UNAVAILABLE: kind('retry', 4, 'The store of the orchestrator cannot be reached, or does not do what was asked.'),
-  STORE_AUTH: kind('restart', 4, 'The store of the orchestrator refuses the token.'),
+  STORE_AUTH: kind('restart', 4, 'The store of the orchestrator refuses the token, or is not trusted: its certificate, the authority or the host name do not fit.'),
   NO_WORKER: kind('retry', 4, 'No worker serves this kind of job.'),
   TIMEOUT: kind('retry', 4, 'Something did not answer before its deadline.'),
   // Damaged data: 5

@@ -10,6 +10,7 @@ import type { RedisOptions } from 'ioredis';
 import { NnError } from './errors.ts';
 import { probes } from './redis-commands.ts';
 import type { Config } from './schema.ts';
+import { untrusted } from './tls.ts';
 
 export type { Redis };
 
@@ -100,9 +101,6 @@ function contentsOf(path: string, env: string): Buffer {
   }
 }
 
-/** Codes of Node and OpenSSL for a certificate that is not believed, or a handshake that one side refuses. */
-const UNTRUSTED = /^(CERT_|DEPTH_ZERO_|SELF_SIGNED_|UNABLE_TO_|ERR_TLS_|ERR_SSL_|ERR_OSSL_|HOSTNAME_MISMATCH|EPROTO)/;
-
 function refusal(error: Error, url: string): NnError {
   const at = redactUrl(url);
   const denied = /NOPERM.*?(?:run the '([^']+)'|access)/.exec(error.message);
@@ -113,8 +111,8 @@ function refusal(error: Error, url: string): NnError {
   if (/WRONGPASS|NOAUTH|invalid username-password/.test(error.message)) {
     return new NnError('REDIS_AUTH', `Redis at ${at} refuses the user or password; check CUDA_NN_REDIS_URL`, {}, error);
   }
-  const code = (error as NodeJS.ErrnoException).code ?? '';
-  if (UNTRUSTED.test(code)) {
+  const code = untrusted(error);
+  if (code !== null) {
     return new NnError('REDIS_TLS', `no TLS with Redis at ${at} (${code}: ${oneLine(error.message)}); check CUDA_NN_REDIS_CA, the host name in the URL, and the server's certificate`, { code }, error);
   }
   return new NnError('REDIS_UNAVAILABLE', `Redis at ${at} cannot be reached (${oneLine(error.message)}); is it running${url.startsWith('rediss:') ? ', and does it speak TLS' : ''}?`, {}, error);

@@ -18,6 +18,7 @@ import type { ErrorRecord } from '../config/errors.ts';
 import type { Config } from '../config/schema.ts';
 import { OFFSET_HEADER, greeting, hashing, listing, runPaths, uploadState } from '../config/store.ts';
 import type { Listing, Role, RunPaths } from '../config/store.ts';
+import { untrusted } from '../config/tls.ts';
 import { fileError } from '../data/files.ts';
 import { sha256File } from '../data/listing.ts';
 import type { Manifest } from '../data/manifest.ts';
@@ -249,7 +250,7 @@ export class StoreClient {
       });
       // Also while the answer streams in: without a byte for so long, both sides of the connection are given up.
       request.setTimeout(this.#timeoutMs, () => request.destroy(new Interrupted(`no byte moved for ${this.#timeoutMs} ms`)));
-      request.once('error', (error: Error) => reject(error instanceof Interrupted ? error : new Interrupted(error.message, { cause: error })));
+      request.once('error', (error: Error) => reject(error instanceof Interrupted ? error : broken(error, this.#base.origin)));
       request.once('response', resolve);
       if (body === undefined) request.end(text);
       else pipeline(body, request).catch((error: Error) => request.destroy(error));
@@ -260,6 +261,14 @@ export class StoreClient {
     if (method === 'HEAD') response.resume();
     throw refusal(statusCode, answer, this.#base.origin);
   }
+}
+
+/** What a connection that failed comes to: STORE_AUTH where the other side is not trusted, else something that time may cure. */
+function broken(error: Error, origin: string): Error {
+  const code = untrusted(error);
+  if (code === null) return new Interrupted(error.message, { cause: error });
+  const advice = 'name its authority in NODE_EXTRA_CA_CERTS, use the host name that its certificate has, or http:// for a store without TLS';
+  return new NnError('STORE_AUTH', `no TLS with the store at ${origin} (${code}: ${error.message.split('\n')[0]!.trim()}); ${advice}`, { code }, error);
 }
 
 /** The address as a base to which paths are added. Throws USAGE. */

@@ -1,6 +1,6 @@
 /**
  * Certificates made by openssl for one test: an authority of our own, a server's for given names, a client's, and one of another
- * authority. Used by test/system/redis-access.test.ts.
+ * authority. Used by redis-access.test.ts and store.test.ts in test/system.
  */
 import { execFileSync } from 'node:child_process';
 import { writeFileSync } from 'node:fs';

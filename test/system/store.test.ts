@@ -1,7 +1,7 @@
 /**
  * The two ends of the store against each other: what is asked for by run, role and digest arrives whole, goes on where it broke
  * off, and nothing else can be named; and the cache that keeps it on a worker's machine. Real HTTP through a proxy that breaks
- * connections; no Redis and no native code.
+ * connections or speaks TLS; no Redis and no native code.
  */
 import { expect } from 'chai';
 import { execFileSync } from 'node:child_process';
@@ -9,8 +9,10 @@ import { createHash, randomBytes } from 'node:crypto';
 import { appendFileSync, existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, utimesSync, writeFileSync } from 'node:fs';
 import { createServer, connect } from 'node:net';
 import type { Server, Socket } from 'node:net';
+import { globalAgent } from 'node:https';
 import { hostname, tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { createServer as createTlsServer } from 'node:tls';
 import { parseRunSpec } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
 import type { Config } from '../../config/schema.ts';
@@ -22,6 +24,7 @@ import { startServer } from '../../orchestrator/server/server.ts';
 import type { Server as ApiServer } from '../../orchestrator/server/server.ts';
 import { Cache } from '../../workers/cache.ts';
 import { StoreClient, storeAddress } from '../../workers/store-client.ts';
+import { makeCertificates, whyNoCertificates } from '../support/certificates.ts';
 
 const TOKEN = 'a token of the store, long';
 
@@ -253,6 +256,50 @@ describe('the store', function () {
     record = { epoch: 3, phase: 'running' };
     expect(await codeOf(store.deliver('one', 'step-2', 3, path, manifest))).to.equal('CHECKPOINT_INVALID');
     expect(existsSync(join(config.runs, 'one', 'checkpoints', 'step-2'))).to.equal(false);
+  });
+
+  it('speaks TLS behind a proxy, and says at once why it does not trust one', async function () {
+    const reason = whyNoCertificates();
+    if (reason !== null) {
+      console.error(`      skipped: ${reason}`);
+      this.skip();
+    }
+    const { caFile, otherCaFile, server: own } = makeCertificates(directory, ['IP:127.0.0.1']);
+    const target = Number(new URL(server.url).port);
+    const secure = createTlsServer({ cert: readFileSync(own.certificateFile), key: readFileSync(own.keyFile) }, (socket) => {
+      const plain = connect(target, '127.0.0.1');
+      for (const [from, to] of [[socket, plain], [plain, socket]] as const) from.on('error', () => to.destroy()).pipe(to);
+    });
+    const port = await new Promise<number>((resolve) => secure.listen(0, '127.0.0.1', () => resolve((secure.address() as { port: number }).port)));
+    // What NODE_EXTRA_CA_CERTS does, which a process reads when it starts.
+    const trusting = async <Value>(caPath: string | null, work: () => Promise<Value>): Promise<Value> => {
+      const before = globalAgent.options.ca;
+      globalAgent.options.ca = caPath === null ? [] : [readFileSync(caPath)];
+      try {
+        return await work();
+      } finally {
+        globalAgent.options.ca = before;
+        globalAgent.destroy();
+      }
+    };
+    try {
+      const { path, manifest } = await made('made-6', 6, 0.2);
+      await trusting(caFile, async () => {
+        await clientOf(`https://127.0.0.1:${port}`).deliver('secure', 'step-6', 3, path, manifest);
+        expect((await verifyCheckpoint(join(config.runs, 'secure', 'checkpoints', 'step-6'))).step).to.equal(6);
+        expect(await codeOf(clientOf(`https://127.0.0.1:${port}`, 'wrong').check())).to.equal('STORE_AUTH');
+        const elsewhere = await clientOf(`https://localhost:${port}`).check().then(() => null, (error: unknown) => error as Error & { code: string });
+        expect(elsewhere).to.include({ code: 'STORE_AUTH' }).with.property('message').that.matches(/ERR_TLS_CERT_ALTNAME_INVALID.*host name that its certificate has/);
+      });
+      const sinceMs = performance.now();
+      for (const caPath of [otherCaFile, null]) {
+        const error = await trusting(caPath, () => clientOf(`https://127.0.0.1:${port}`).listing('one', 'train')).then(() => null, (thrown: unknown) => thrown as Error & { code: string });
+        expect(error).to.include({ code: 'STORE_AUTH' }).with.property('message').that.matches(/^no TLS with the store at https:\/\/127.*NODE_EXTRA_CA_CERTS/);
+      }
+      expect(performance.now() - sinceMs, 'nothing to wait for').to.be.below(config.store.outageMs);
+    } finally {
+      await new Promise((resolve) => secure.close(resolve));
+    }
   });
 });
 

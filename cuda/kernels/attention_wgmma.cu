@@ -335,11 +335,12 @@ __global__ void __launch_bounds__(128 * (DQ_GROUPS + 1), 1)
 const int DKV_GROUPS = 2, DKV_KEYS = DKV_GROUPS * ROWS, TURN = 64, DKV_STAGES = 4, STATS = 2 * TURN * 4; /* TURN: queries */
 const int DKV_STAGE = 2 * TURN * D * 2, DKV_BYTES = 1024 + 2 * DKV_KEYS * D * 2 + DKV_STAGES * (DKV_STAGE + STATS);
 
-/* partial [splits, B, S, G, 2, D] float32: dK and dV of one tile of keys from the heads of one split of the group's heads. */
+/* partial [splits, B, S, G, 2, D] float32: dK and dV of one tile of keys from the heads of one split of the group's heads. The rows' sums come
+ * with their queries, in boxes of TURN: behind the last query they read as 0, as its dO does, so that dS is 0 there by itself. */
 __global__ void __launch_bounds__(128 * (DKV_GROUPS + 1), 1)
     flash_dkv_wgmma(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_dout, const __grid_constant__ CUtensorMap map_k,
-                    const __grid_constant__ CUtensorMap map_v, float *partial, const float *log_sum_exp, const float *delta, const Attention a,
-                    int heads_of_split, int splits) {
+                    const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_sums, const __grid_constant__ CUtensorMap map_delta,
+                    float *partial, const Attention a, int heads_of_split, int splits) {
 #if NN_HOPPER
   extern __shared__ unsigned char memory[];
   __shared__ __align__(8) uint64_t barriers[1 + 2 * DKV_STAGES];
@@ -365,14 +366,13 @@ __global__ void __launch_bounds__(128 * (DKV_GROUPS + 1), 1)
     for (int h = first_head; h < last_head; h++)
       for (int turn = first_turn; turn < last_turn; turn++) {
         const int i0 = turn * TURN;
-        const uint32_t at = stages + ring.stage * DKV_STAGE, stat = stats + ring.stage * STATS, bytes = min(TURN, a.S - i0) * 4;
-        const int64_t row = ((int64_t)b * a.Q + h) * a.S + i0;
+        const uint32_t at = stages + ring.stage * DKV_STAGE, stat = stats + ring.stage * STATS;
         barrier_wait(empty + 8 * ring.stage, ring.phase ^ 1);
-        barrier_expect(full + 8 * ring.stage, DKV_STAGE + 2 * bytes);
+        barrier_expect(full + 8 * ring.stage, DKV_STAGE + STATS);
         tensor_copy(at, &map_q, full + 8 * ring.stage, h * D, i0, b);
         tensor_copy(at + DKV_STAGE / 2, &map_dout, full + 8 * ring.stage, h * D, i0, b);
-        bulk_copy(stat, log_sum_exp + row, bytes, full + 8 * ring.stage);
-        bulk_copy(stat + STATS / 2, delta + row, bytes, full + 8 * ring.stage);
+        tensor_copy(stat, &map_sums, full + 8 * ring.stage, i0, b * a.Q + h, 0);
+        tensor_copy(stat + STATS / 2, &map_delta, full + 8 * ring.stage, i0, b * a.Q + h, 0);
         ring.next<DKV_STAGES>();
       }
     return;
@@ -441,13 +441,6 @@ __global__ void __launch_bounds__(128 * (DKV_GROUPS + 1), 1)
       load_two(c, stat + STATS / 2 + j * 32);
 #pragma unroll
       for (int e = 0; e < 4; e++) s[4 * j + e] *= dp[4 * j + e] - c[e & 1];
-    }
-    if (i0 + TURN > a.S) { /* behind the last query delta is whatever lay there */
-#pragma unroll
-      for (int j = 0; j < 8; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          if (j * 8 + (e & 1) >= high) s[4 * j + e] = 0.0f;
     }
     pack_columns(ds, s);
 #pragma unroll
@@ -529,9 +522,10 @@ int64_t nn_attention_backward_wgmma_scratch(nn_context *context, const Attention
 /* delta [B, Q, S]. */
 nn_status nn_attention_backward_wgmma(nn_context *context, void *dqkv, const void *dout, const float *log_sum_exp, const float *delta,
                                       const Attention &a, nn_dtype dtype) {
-  CUtensorMap q128, q64, d128, d64, k, v;
+  CUtensorMap q128, q64, d128, d64, k, v, sums, deltas;
   auto map_dout = [&](CUtensorMap *map, int rows) { return nn_tensor_map(map, dout, (int64_t)a.Q * D, a.S, a.B, (int64_t)a.Q * D, (int64_t)a.S * a.Q * D, rows); };
   if (!fits(context, a, dtype) || a.S % 4 || !aligned16(dout) || !aligned16(log_sum_exp) || !aligned16(delta) || !map_queries(&q128, a, DQ_ROWS) ||
+      !nn_tensor_map_rows(&sums, log_sum_exp, a.S, (int64_t)a.B * a.Q, TURN) || !nn_tensor_map_rows(&deltas, delta, a.S, (int64_t)a.B * a.Q, TURN) ||
       !map_queries(&q64, a, TURN) || !map_dout(&d128, DQ_ROWS) || !map_dout(&d64, TURN) || !map_keys(&k, a.k, a, DQ_KEYS) || !map_keys(&v, a.v, a, DQ_KEYS))
     return NN_ERROR_UNSUPPORTED;
   const int heads = heads_of_split(context, a), splits = (int)ceil_div(a.Q / a.G, heads);
@@ -541,7 +535,7 @@ nn_status nn_attention_backward_wgmma(nn_context *context, void *dqkv, const voi
   NN_CUDA(context, cudaFuncSetAttribute(flash_dq_wgmma, cudaFuncAttributeMaxDynamicSharedMemorySize, DQ_BYTES));
   NN_CUDA(context, cudaFuncSetAttribute(flash_dkv_wgmma, cudaFuncAttributeMaxDynamicSharedMemorySize, DKV_BYTES));
   flash_dkv_wgmma<<<dim3(splits * a.G * a.B, (unsigned)ceil_div(a.S, DKV_KEYS)), 128 * (DKV_GROUPS + 1), DKV_BYTES, context->stream>>>(
-      q64, d64, k, v, partial, log_sum_exp, delta, a, heads, splits);
+      q64, d64, k, v, sums, deltas, partial, a, heads, splits);
   flash_dq_wgmma<<<dim3(a.Q * a.B, (unsigned)ceil_div(a.S, DQ_ROWS)), 128 * (DQ_GROUPS + 1), DQ_BYTES, context->stream>>>(
       q128, d128, k, v, (bf16 *)dqkv, log_sum_exp, delta, a);
   const int64_t rows = (int64_t)a.B * a.S;

@@ -25,6 +25,8 @@ bool nn_tensor_map(CUtensorMap *map, const void *matrix, int64_t columns, int64_
 /* The same of float32 matrices and boxes of 32 columns, 128 bytes as well. */
 bool nn_tensor_map_f32(CUtensorMap *map, const void *matrix, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
                        int64_t group_stride, int box_rows);
+/* One float32 matrix [rows, columns], for boxes of one row by box_columns, as they are. */
+bool nn_tensor_map_rows(CUtensorMap *map, const float *matrix, int64_t columns, int64_t rows, int box_columns);
 
 #if NN_HOPPER
 

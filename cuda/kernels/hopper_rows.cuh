@@ -1,4 +1,4 @@
-/* hopper_rows.cuh: more of hopper.cuh: wgmma with A in registers, one-dimensional copies, small accesses by shared address.
+/* hopper_rows.cuh: more of hopper.cuh: wgmma with A in registers, small accesses by shared address.
  */
 #pragma once
 
@@ -32,11 +32,6 @@ __device__ __forceinline__ void settle(uint32_t (&a)[N][4]) {
     for (int e = 0; e < 4; e++) asm volatile("" : "+r"(a[i][e])::"memory");
 }
 
-__device__ __forceinline__ void bulk_copy(uint32_t shared, const void *from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(from), "r"(bytes),
-               "r"(barrier)
-               : "memory");
-}
 __device__ __forceinline__ void clear_16(uint32_t shared) { asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(shared), "r"(0) : "memory"); }
 __device__ __forceinline__ void load_two(float (&x)[2], uint32_t shared) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(shared));

@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 /* ---- launcher ------------------------------------------------------------------------------------------------ */
 
 static bool encode_map(CUtensorMap *map, const void *matrix, int bytes, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
-                       int64_t group_stride, int box_rows) {
+                       int64_t group_stride, int box_columns, int box_rows) {
   typedef CUresult (*Encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
                              const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                              CUtensorMapFloatOOBfill);
@@ -331,19 +331,22 @@ static bool encode_map(CUtensorMap *map, const void *matrix, int bytes, int64_t 
   if (groups <= 1) groups = 1, group_stride = rows * row_stride;
   cuuint64_t sizes[3] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)groups};
   cuuint64_t strides[2] = {(cuuint64_t)row_stride * bytes, (cuuint64_t)group_stride * bytes};
-  cuuint32_t box[3] = {(cuuint32_t)(128 / bytes), (cuuint32_t)box_rows, 1}, steps[3] = {1, 1, 1};
+  cuuint32_t box[3] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows, 1}, steps[3] = {1, 1, 1};
   return encode(map, bytes == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)matrix, sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                CU_TENSOR_MAP_INTERLEAVE_NONE, box_columns * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 bool nn_tensor_map(CUtensorMap *map, const void *matrix, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
                    int64_t group_stride, int box_rows) {
-  return encode_map(map, matrix, 2, columns, rows, groups, row_stride, group_stride, box_rows);
+  return encode_map(map, matrix, 2, columns, rows, groups, row_stride, group_stride, 64, box_rows);
 }
 bool nn_tensor_map_f32(CUtensorMap *map, const void *matrix, int64_t columns, int64_t rows, int64_t groups, int64_t row_stride,
                        int64_t group_stride, int box_rows) {
-  return encode_map(map, matrix, 4, columns, rows, groups, row_stride, group_stride, box_rows);
+  return encode_map(map, matrix, 4, columns, rows, groups, row_stride, group_stride, 32, box_rows);
+}
+bool nn_tensor_map_rows(CUtensorMap *map, const float *matrix, int64_t columns, int64_t rows, int box_columns) {
+  return encode_map(map, matrix, 4, columns, rows, 1, columns, 0, box_columns, 1);
 }
 
 /* The results in boxes of 16 rows. */

@@ -23,10 +23,10 @@ export interface GpuKernelOptions {
 
 /** A buffer: 'x' has the compute type. `normal`: random with that deviation; `zero`; or integers from the host. */
 interface Buffer {
-  readonly dtype: 'x' | 'f32' | 'i32' | 'f64';
+  readonly dtype: 'x' | 'f32' | 'i32' | 'f64' | 'u16';
   readonly length: number;
   readonly normal?: number;
-  readonly values?: Int32Array | Float32Array | Float64Array;
+  readonly values?: Int32Array | Float32Array | Float64Array | Uint16Array;
 }
 
 interface Entry {
@@ -179,11 +179,14 @@ function entries(sizes: Sizes, B: number, S: number): Entry[] {
     {
       name: 'adamw_step', shape: `n=${E * H * F}`,
       buffers: {
-        p: f32(E * H * F, 0.02), copy: x(E * H * F), m: f32(E * H * F, 0.001), v: f32(E * H * F, 0), g: f32(E * H * F, 0.001),
+        p: x(E * H * F, 0.02), residue: { dtype: 'u16', length: E * H * F, values: new Uint16Array(E * H * F) }, m: f32(E * H * F, 0.001), v: f32(E * H * F, 0), g: f32(E * H * F, 0.001),
         control: { dtype: 'f64', length: 3, values: Float64Array.of(1, 0.5, 0) }, schedule: { dtype: 'f64', length: 2, values: Float64Array.of(1e-4, 10) },
       },
-      run: (k, t, dtype) => k.adamwStep(t['p']!, t['copy']!, t['m']!, t['v']!, t['g']!, t['control']!, t['schedule']!, E * H * F, 0.9, 0.95, 1e-8, 0.1, 'f32', dtype),
-      outputs: ['p', 'copy', 'm', 'v'], flops: 0, bytes: 30 * E * H * F,
+      run: (k, t, dtype) =>
+        k.adamwStep(
+          t['p']!, dtype === 'bf16' ? t['residue']! : null, t['m']!, t['v']!, t['g']!, t['control']!, t['schedule']!, E * H * F, 0.9, 0.95, 1e-8, 0.1, 'f32', dtype,
+        ),
+      outputs: ['p', 'm', 'v'], flops: 0, bytes: 28 * E * H * F,
     },
     {
       name: 'grad_norm', shape: `n=${E * H * F}`, buffers: { sum: { dtype: 'f64', length: 1 }, g: f32(E * H * F, 1) },

@@ -28,8 +28,8 @@ export interface GpuTrainOptions {
   readonly peer?: string | undefined;
 }
 
-/** Bytes that AdamW moves for a parameter: weight, m and v read and written, gradient read, bf16 copy written. */
-const updateBytes = (stateDtype: 'fp32' | 'bf16'): number => 8 + 4 + 2 + (stateDtype === 'bf16' ? 8 : 16);
+/** Bytes that AdamW moves for a parameter: both halves of the weight, m and v read and written, gradient read. */
+const updateBytes = (stateDtype: 'fp32' | 'bf16'): number => 8 + 4 + (stateDtype === 'bf16' ? 8 : 16);
 
 export async function benchGpuTrain(options: GpuTrainOptions): Promise<Report> {
   const model = presetOf(options.preset);

@@ -6,7 +6,7 @@ import { bytesOf, code, refuse } from './check.ts';
 import type { ComputeType, Tensor, TypedArray } from './tensor.ts';
 
 /** The version of the ABI that these bindings speak. */
-export const ABI_VERSION = 2;
+export const ABI_VERSION = 3;
 
 /** What koffi binds: device addresses and contexts are numbers, host memory is a pointer. */
 export const PROTOTYPES = {
@@ -37,10 +37,13 @@ export const PROTOTYPES = {
   nn_mul: 'int32_t nn_mul(uint64_t context, uint64_t y, uint64_t a, uint64_t b, int64_t n, int32_t dtype)',
   nn_scale: 'int32_t nn_scale(uint64_t context, uint64_t y, uint64_t x, int64_t n, float factor, int32_t dtype)',
   nn_cast: 'int32_t nn_cast(uint64_t context, uint64_t y, uint64_t x, int64_t n, int32_t out_dtype, int32_t dtype)',
+  nn_split: 'int32_t nn_split(uint64_t context, uint64_t high, uint64_t low, uint64_t x, int64_t n)',
+  nn_join: 'int32_t nn_join(uint64_t context, uint64_t x, uint64_t high, uint64_t low, int64_t n)',
   nn_swiglu_forward: 'int32_t nn_swiglu_forward(uint64_t context, uint64_t h, uint64_t gate_up, int64_t rows, int64_t F, int32_t dtype)',
   nn_swiglu_backward: 'int32_t nn_swiglu_backward(uint64_t context, uint64_t dgate_up, uint64_t dh, uint64_t gate_up, int64_t rows, int64_t F, int32_t dtype)',
   nn_sum: 'int32_t nn_sum(uint64_t context, uint64_t out, uint64_t x, int64_t n)',
   nn_digest: 'int32_t nn_digest(uint64_t context, uint64_t digest, uint64_t x, int64_t words)',
+  nn_digest_halves: 'int32_t nn_digest_halves(uint64_t context, uint64_t digest, uint64_t high, uint64_t low, int64_t n)',
   nn_random_normal: 'int32_t nn_random_normal(uint64_t context, uint64_t x, int64_t n, uint64_t seed, uint64_t stream, int64_t offset, float standard_deviation)',
   nn_softmax_forward: 'int32_t nn_softmax_forward(uint64_t context, uint64_t y, uint64_t x, int64_t rows, int64_t columns, int32_t dtype)',
   nn_softmax_backward: 'int32_t nn_softmax_backward(uint64_t context, uint64_t dx, uint64_t dy, uint64_t y, int64_t rows, int64_t columns, int32_t dtype)',
@@ -79,7 +82,7 @@ export const PROTOTYPES = {
   nn_zero_grad: 'int32_t nn_zero_grad(uint64_t context, uint64_t gradient, int64_t n)',
   nn_grad_norm: 'int32_t nn_grad_norm(uint64_t context, uint64_t sum_of_squares, uint64_t gradient, int64_t n)',
   nn_grad_clip: 'int32_t nn_grad_clip(uint64_t context, uint64_t control, uint64_t sum_of_squares, double clip)',
-  nn_adamw_step: 'int32_t nn_adamw_step(uint64_t context, uint64_t parameter, uint64_t compute, uint64_t m, uint64_t v, uint64_t gradient, uint64_t control, uint64_t schedule, int64_t n, double beta1, double beta2, double epsilon, double decay, int32_t state_dtype, int32_t dtype)',
+  nn_adamw_step: 'int32_t nn_adamw_step(uint64_t context, uint64_t parameter, uint64_t residue, uint64_t m, uint64_t v, uint64_t gradient, uint64_t control, uint64_t schedule, int64_t n, double beta1, double beta2, double epsilon, double decay, int32_t state_dtype, int32_t dtype)',
   nn_argmax: 'int32_t nn_argmax(uint64_t context, uint64_t token, uint64_t logits, int64_t B, int64_t V, int32_t dtype)',
   nn_sample: 'int32_t nn_sample(uint64_t context, uint64_t token, uint64_t logits, uint64_t counter, int64_t B, int64_t V, float temperature, uint64_t seed, int32_t dtype)',
   nn_topk_sample: 'int32_t nn_topk_sample(uint64_t context, uint64_t token, uint64_t logits, uint64_t counter, int64_t B, int64_t V, int64_t top_k, float temperature, uint64_t seed, int32_t dtype)',
@@ -118,10 +121,13 @@ export interface Native {
   readonly nn_mul: (context: number, y: number, a: number, b: number, n: number, dtype: number) => number;
   readonly nn_scale: (context: number, y: number, x: number, n: number, factor: number, dtype: number) => number;
   readonly nn_cast: (context: number, y: number, x: number, n: number, outDtype: number, dtype: number) => number;
+  readonly nn_split: (context: number, high: number, low: number, x: number, n: number) => number;
+  readonly nn_join: (context: number, x: number, high: number, low: number, n: number) => number;
   readonly nn_swiglu_forward: (context: number, h: number, gateUp: number, rows: number, F: number, dtype: number) => number;
   readonly nn_swiglu_backward: (context: number, dgateUp: number, dh: number, gateUp: number, rows: number, F: number, dtype: number) => number;
   readonly nn_sum: (context: number, out: number, x: number, n: number) => number;
   readonly nn_digest: (context: number, digest: number, x: number, words: number) => number;
+  readonly nn_digest_halves: (context: number, digest: number, high: number, low: number, n: number) => number;
   readonly nn_random_normal: (context: number, x: number, n: number, seed: number, stream: number, offset: number, standardDeviation: number) => number;
   readonly nn_softmax_forward: (context: number, y: number, x: number, rows: number, columns: number, dtype: number) => number;
   readonly nn_softmax_backward: (context: number, dx: number, dy: number, y: number, rows: number, columns: number, dtype: number) => number;
@@ -160,7 +166,7 @@ export interface Native {
   readonly nn_zero_grad: (context: number, gradient: number, n: number) => number;
   readonly nn_grad_norm: (context: number, sumOfSquares: number, gradient: number, n: number) => number;
   readonly nn_grad_clip: (context: number, control: number, sumOfSquares: number, clip: number) => number;
-  readonly nn_adamw_step: (context: number, parameter: number, compute: number, m: number, v: number, gradient: number, control: number, schedule: number, n: number, beta1: number, beta2: number, epsilon: number, decay: number, stateDtype: number, dtype: number) => number;
+  readonly nn_adamw_step: (context: number, parameter: number, residue: number, m: number, v: number, gradient: number, control: number, schedule: number, n: number, beta1: number, beta2: number, epsilon: number, decay: number, stateDtype: number, dtype: number) => number;
   readonly nn_argmax: (context: number, token: number, logits: number, B: number, V: number, dtype: number) => number;
   readonly nn_sample: (context: number, token: number, logits: number, counter: number, B: number, V: number, temperature: number, seed: number, dtype: number) => number;
   readonly nn_topk_sample: (context: number, token: number, logits: number, counter: number, B: number, V: number, topK: number, temperature: number, seed: number, dtype: number) => number;
@@ -258,6 +264,25 @@ export class Kernels {
     if (status !== 0) this.#fail('nn_cast', status);
   }
 
+  /** float32 numbers as two halves of 16 bits (cuda/include/nn_halves.h): high is x rounded to the nearest bfloat16, ties away from
+   * zero, low the low 16 bits of x. Together they are x to the bit, a zero's sign and infinities too; but every NaN is 0x7FC00000. */
+  split(high: Tensor, low: Tensor, x: Tensor, n: number): void {
+    if (high.dtype !== 'bf16' || !(high.length >= n)) refuse('split', 'high', high, 'bf16', n);
+    if (low.dtype !== 'u16' || !(low.length >= n)) refuse('split', 'low', low, 'u16', n);
+    if (x.dtype !== 'f32' || !(x.length >= n)) refuse('split', 'x', x, 'f32', n);
+    const status = this.#native.nn_split(this.#context, high.address, low.address, x.address, n);
+    if (status !== 0) this.#fail('nn_split', status);
+  }
+
+  /** The float32 numbers whose halves these are: the inverse of nn_split. */
+  join(x: Tensor, high: Tensor, low: Tensor, n: number): void {
+    if (x.dtype !== 'f32' || !(x.length >= n)) refuse('join', 'x', x, 'f32', n);
+    if (high.dtype !== 'bf16' || !(high.length >= n)) refuse('join', 'high', high, 'bf16', n);
+    if (low.dtype !== 'u16' || !(low.length >= n)) refuse('join', 'low', low, 'u16', n);
+    const status = this.#native.nn_join(this.#context, x.address, high.address, low.address, n);
+    if (status !== 0) this.#fail('nn_join', status);
+  }
+
   /** h = silu(gate) * up, where each row of gate_up is [gate (F) | up (F)]. */
   swigluForward(h: Tensor, gateUp: Tensor, rows: number, F: number, dtype: ComputeType): void {
     if (h.dtype !== dtype || !(h.length >= rows * F)) refuse('swiglu_forward', 'h', h, dtype, rows * F);
@@ -291,6 +316,15 @@ export class Kernels {
     if (!(bytesOf(x) >= words * 4)) refuse('digest', 'x', x, 'u8', words * 4);
     const status = this.#native.nn_digest(this.#context, digest.address, x.address, words);
     if (status !== 0) this.#fail('nn_digest', status);
+  }
+
+  /** nn_digest of the float32 numbers whose halves these are (nn_split). */
+  digestHalves(digest: Tensor, high: Tensor, low: Tensor, n: number): void {
+    if (digest.dtype !== 'u64' || !(digest.length >= 2)) refuse('digest_halves', 'digest', digest, 'u64', 2);
+    if (high.dtype !== 'bf16' || !(high.length >= n)) refuse('digest_halves', 'high', high, 'bf16', n);
+    if (low.dtype !== 'u16' || !(low.length >= n)) refuse('digest_halves', 'low', low, 'u16', n);
+    const status = this.#native.nn_digest_halves(this.#context, digest.address, high.address, low.address, n);
+    if (status !== 0) this.#fail('nn_digest_halves', status);
   }
 
   /** Draws x[i] = standard_deviation * z(seed, stream, offset + i) from a counter-based generator (Philox 4x32-10) and an
@@ -705,16 +739,17 @@ export class Kernels {
    *   p = p - (lr*decay)*p - (m*(1/correction1))*lr / (sqrt(v*(1/correction2)) + epsilon)
    * evaluated left to right as written, with correction_i = 1 - beta_i^step, 1-beta_i, lr*decay and 1/correction_i computed in
    * float64 by this function and rounded to float32 once. schedule = [learning rate, step] (step counts from 1) lies on the device, so that a captured step can
-   * be replayed. `compute` gets a copy of p in dtype (NULL: none is kept). m and v have state_dtype, rounded to nearest. */
-  adamwStep(parameter: Tensor, compute: Tensor | null, m: Tensor, v: Tensor, gradient: Tensor, control: Tensor, schedule: Tensor, n: number, beta1: number, beta2: number, epsilon: number, decay: number, stateDtype: ComputeType, dtype: ComputeType): void {
-    if (parameter.dtype !== 'f32' || !(parameter.length >= n)) refuse('adamw_step', 'parameter', parameter, 'f32', n);
-    if (compute !== null && (compute.dtype !== dtype || !(compute.length >= n))) refuse('adamw_step', 'compute', compute, dtype, n);
+   * be replayed. With dtype f32, `parameter` is p and `residue` NULL. With bf16 they are p's halves, high and low of nn_split: p is the
+   * same float32 as ever, and `parameter` its rounding, to compute with. m and v have state_dtype, rounded to nearest even. */
+  adamwStep(parameter: Tensor, residue: Tensor | null, m: Tensor, v: Tensor, gradient: Tensor, control: Tensor, schedule: Tensor, n: number, beta1: number, beta2: number, epsilon: number, decay: number, stateDtype: ComputeType, dtype: ComputeType): void {
+    if (parameter.dtype !== dtype || !(parameter.length >= n)) refuse('adamw_step', 'parameter', parameter, dtype, n);
+    if (residue !== null && (residue.dtype !== 'u16' || !(residue.length >= n))) refuse('adamw_step', 'residue', residue, 'u16', n);
     if (m.dtype !== stateDtype || !(m.length >= n)) refuse('adamw_step', 'm', m, stateDtype, n);
     if (v.dtype !== stateDtype || !(v.length >= n)) refuse('adamw_step', 'v', v, stateDtype, n);
     if (gradient.dtype !== 'f32' || !(gradient.length >= n)) refuse('adamw_step', 'gradient', gradient, 'f32', n);
     if (control.dtype !== 'f64' || !(control.length >= 3)) refuse('adamw_step', 'control', control, 'f64', 3);
     if (schedule.dtype !== 'f64' || !(schedule.length >= 2)) refuse('adamw_step', 'schedule', schedule, 'f64', 2);
-    const status = this.#native.nn_adamw_step(this.#context, parameter.address, compute === null ? 0 : compute.address, m.address, v.address, gradient.address, control.address, schedule.address, n, beta1, beta2, epsilon, decay, code(stateDtype), code(dtype));
+    const status = this.#native.nn_adamw_step(this.#context, parameter.address, residue === null ? 0 : residue.address, m.address, v.address, gradient.address, control.address, schedule.address, n, beta1, beta2, epsilon, decay, code(stateDtype), code(dtype));
     if (status !== 0) this.#fail('nn_adamw_step', status);
   }
 

@@ -78,6 +78,7 @@ const ARRAY_TYPES: Readonly<Record<DType, readonly string[]>> = {
   i64: ['BigInt64Array'],
   u64: ['BigUint64Array'],
   bf16: ['Uint16Array'],
+  u16: ['Uint16Array'],
   u8: ['Uint8Array', 'Buffer'],
 };
 

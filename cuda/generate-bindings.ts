@@ -35,8 +35,10 @@ interface Entry {
 }
 
 const SCALARS = new Set(['int32_t', 'int64_t', 'uint64_t', 'float', 'double', 'nn_dtype']);
-const HOST_ARRAYS: Record<string, string> = { u8: 'Uint8Array', i32: 'Int32Array', i64: 'BigInt64Array', u64: 'BigUint64Array', f32: 'Float32Array', f64: 'Float64Array' };
-const POINTEES: Record<string, string> = { float: 'f32', double: 'f64', int32_t: 'i32', int64_t: 'i64', uint64_t: 'u64', char: 'u8' };
+const HOST_ARRAYS: Record<string, string> = {
+  u8: 'Uint8Array', u16: 'Uint16Array', bf16: 'Uint16Array', i32: 'Int32Array', i64: 'BigInt64Array', u64: 'BigUint64Array', f32: 'Float32Array', f64: 'Float64Array',
+};
+const POINTEES: Record<string, string> = { float: 'f32', double: 'f64', int32_t: 'i32', int64_t: 'i64', uint64_t: 'u64', uint16_t: 'u16', char: 'u8' };
 
 /** The whole text of bindings.generated.ts for the text of nn.h. Throws an Error that names the function at fault. */
 export function generateBindings(header: string): string {
@@ -115,7 +117,7 @@ function parseParameters(entry: string, body: string): Parameter[] {
 }
 
 function parseContract(entry: string, name: string, comment: string): Contract {
-  const match = /^\s*(out|add|inout|in|host) (f32|f64|i32|i64|u64|u8|dtype|out_dtype|state_dtype) \[([^\]]+)\](, null)?\s*$/.exec(comment);
+  const match = /^\s*(out|add|inout|in|host) (f32|f64|bf16|i32|i64|u64|u16|u8|dtype|out_dtype|state_dtype) \[([^\]]+)\](, null)?\s*$/.exec(comment);
   if (match === null) throw new Error(`nn.h: ${entry}: the comment of '${name}' does not follow the grammar: ${comment.trim()}`);
   const factors = match[3]!.split(',').map((factor) => factor.trim());
   const length = factors.map((factor) => (factors.length > 1 && /[+-]/.test(factor) && !/^\(.*\)$/.test(factor) ? `(${factor})` : factor)).join(' * ');

@@ -4,7 +4,7 @@
  */
 
 /** Element type of device memory. `u8` is raw bytes. */
-export type DType = 'f32' | 'bf16' | 'i32' | 'i64' | 'u64' | 'f64' | 'u8';
+export type DType = 'f32' | 'bf16' | 'i32' | 'i64' | 'u64' | 'f64' | 'u16' | 'u8';
 
 /** The types that kernels compute in: nn_dtype of nn.h. */
 export type ComputeType = 'f32' | 'bf16';
@@ -19,7 +19,7 @@ export interface Tensor {
 /** Host memory that can be copied from and to a device. */
 export type TypedArray = Float32Array | Float64Array | Int32Array | Uint32Array | Uint16Array | Uint8Array | BigInt64Array | BigUint64Array;
 
-const ELEMENT_BYTES = { f32: 4, bf16: 2, i32: 4, i64: 8, u64: 8, f64: 8, u8: 1 } as const satisfies Record<DType, number>;
+const ELEMENT_BYTES = { f32: 4, bf16: 2, i32: 4, i64: 8, u64: 8, f64: 8, u16: 2, u8: 1 } as const satisfies Record<DType, number>;
 
 /** Bytes of one element. */
 export const elementBytes = (dtype: DType): number => ELEMENT_BYTES[dtype];

@@ -47,13 +47,16 @@ export function decodeBf16(bits: Uint16Array, into: Float32Array): void {
   for (let index = 0; index < bits.length; index++) words[index] = bits[index]! << 16;
 }
 
-/** The nearest bfloat16 bits of float32 values, ties to even; every NaN becomes a quiet NaN. */
+/**
+ * The nearest bfloat16 bits of float32 values, every NaN a quiet NaN. Ties go away from zero, as in the weights that a bf16 run computes
+ * with (nn_split): so its checkpoint's model is that, to the bit.
+ */
 export function encodeBf16(values: Float32Array, into: Uint16Array): void {
   const words = new Uint32Array(values.buffer, values.byteOffset, values.length);
   for (let index = 0; index < words.length; index++) {
     const word = words[index]!;
     const isNaN = (word & 0x7fffffff) > 0x7f800000;
-    into[index] = isNaN ? (word >>> 16) | 0x40 : (word + 0x7fff + ((word >>> 16) & 1)) >>> 16;
+    into[index] = isNaN ? (word >>> 16) | 0x40 : (word + 0x8000) >>> 16;
   }
 }
 
@@ -281,7 +284,7 @@ function encodeHeader(tensors: readonly PlannedTensor[], metadata: Readonly<Reco
 
 /**
  * Writes a new safetensors file and syncs it. `read` is asked for each tensor in turn, so that one tensor is in memory at
- * a time; BF16 is rounded to nearest even. `observe` sees all bytes in order (a hash). Returns the file's bytes. Throws
+ * a time; BF16 is rounded as encodeBf16 does. `observe` sees all bytes in order (a hash). Returns the file's bytes. Throws
  * DISK_FULL; the unfinished file is left to the caller, who writes into a temporary directory.
  */
 export function writeSafetensors(

@@ -414,7 +414,6 @@ export class Replica {
           this.#trainer.writeState(kind, parameter, values);
         }
       }
-      this.#trainer.commitState();
     } finally {
       reader.close();
     }

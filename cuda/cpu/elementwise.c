@@ -1,7 +1,7 @@
-/* elementwise.c: silu, add, mul, scale, cast, SwiGLU and the digest of nn.h, for the CPU.
+/* elementwise.c: silu, add, mul, scale, cast, the halves of float32, SwiGLU and the digests of nn.h, for the CPU.
  *
  * Checks, cuts the work into chunks for the threads, and calls the loops of elementwise.simd.c. Every element is a pure function of
- * its inputs, so threads cannot change a bit; the digest is a sum of integers.
+ * its inputs, so threads cannot change a bit; a digest is a sum of integers.
  */
 #include "vector_kernels.h"
 
@@ -66,6 +66,18 @@ nn_status nn_cast(nn_context *context, void *y, const void *x, int64_t n, nn_dty
   return NN_OK;
 }
 
+nn_status nn_split(nn_context *context, void *high, uint16_t *low, const float *x, int64_t n) {
+  NN_REQUIRE(context, n >= 0);
+  FOR_CHUNKS(context, n, NN_DISPATCH(context, nn_split_range)((uint16_t *)high + at, low + at, x + at, count));
+  return NN_OK;
+}
+
+nn_status nn_join(nn_context *context, float *x, const void *high, const uint16_t *low, int64_t n) {
+  NN_REQUIRE(context, n >= 0);
+  FOR_CHUNKS(context, n, NN_DISPATCH(context, nn_join_range)(x + at, (const uint16_t *)high + at, low + at, count));
+  return NN_OK;
+}
+
 nn_status nn_swiglu_forward(nn_context *context, void *h, const void *gate_up, int64_t rows, int64_t F, nn_dtype dtype) {
   NN_REQUIRE(context, rows >= 0 && F >= 0);
   NN_REQUIRE_F32(context, dtype);
@@ -90,19 +102,31 @@ nn_status nn_swiglu_backward(nn_context *context, void *dgate_up, const void *dh
   return NN_OK;
 }
 
-nn_status nn_digest(nn_context *context, uint64_t *digest, const void *x, int64_t words) {
-  NN_REQUIRE(context, words >= 0);
-  const int64_t chunks = nn_ceil_div(words, NN_CHUNK);
+/* The digest of n words: `x`, or, where that is NULL, the joined halves. */
+static nn_status digest_of(nn_context *context, uint64_t *digest, const uint32_t *x, const uint16_t *high, const uint16_t *low, int64_t n) {
+  const int64_t chunks = nn_ceil_div(n, NN_CHUNK);
   uint64_t sum0 = 0, sum1 = 0;
-#pragma omp parallel for num_threads(nn_team(context, words, NN_GRAIN)) schedule(static) reduction(+ : sum0, sum1)
+#pragma omp parallel for num_threads(nn_team(context, n, NN_GRAIN)) schedule(static) reduction(+ : sum0, sum1)
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
     uint64_t part[2] = {0, 0};
-    const int64_t at = chunk * NN_CHUNK;
-    NN_DISPATCH(context, nn_digest_range)(part, (const uint32_t *)x + at, at, nn_min64(NN_CHUNK, words - at));
+    uint32_t joined[NN_CHUNK];
+    const int64_t at = chunk * NN_CHUNK, count = nn_min64(NN_CHUNK, n - at);
+    if (x == NULL) NN_DISPATCH(context, nn_join_range)((float *)joined, high + at, low + at, count);
+    NN_DISPATCH(context, nn_digest_range)(part, x == NULL ? joined : x + at, at, count);
     sum0 += part[0];
     sum1 += part[1];
   }
   digest[0] = sum0;
   digest[1] = sum1;
   return NN_OK;
+}
+
+nn_status nn_digest(nn_context *context, uint64_t *digest, const void *x, int64_t words) {
+  NN_REQUIRE(context, words >= 0);
+  return digest_of(context, digest, (const uint32_t *)x, NULL, NULL, words);
+}
+
+nn_status nn_digest_halves(nn_context *context, uint64_t *digest, const void *high, const uint16_t *low, int64_t n) {
+  NN_REQUIRE(context, n >= 0);
+  return digest_of(context, digest, NULL, (const uint16_t *)high, low, n);
 }

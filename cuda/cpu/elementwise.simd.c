@@ -1,5 +1,6 @@
 /* elementwise.simd.c: the inner loops of the elementwise kernels and of the digest; see vector_kernels.h. Called by elementwise.c
  * and optimizer.c. build: -ffp-contract=off (every fused multiply-add here is asked for by name). */
+#include "../include/nn_halves.h"
 #include "../include/nn_random.h"
 #include "simd.h"
 #include "vector_kernels.h"
@@ -36,6 +37,23 @@ void NN_SIMD(nn_to_bf16_range)(uint16_t *y, const float *x, int64_t n) {
 
 void NN_SIMD(nn_from_bf16_range)(float *y, const uint16_t *x, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = nn_f32_of(x[i]);
+}
+
+void NN_SIMD(nn_split_range)(uint16_t *high, uint16_t *low, const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, x + i, sizeof bits);
+    nn_halves halves = nn_halves_of(bits);
+    high[i] = halves.high;
+    low[i] = halves.low;
+  }
+}
+
+void NN_SIMD(nn_join_range)(float *x, const uint16_t *high, const uint16_t *low, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits = nn_halves_joined(high[i], low[i]);
+    memcpy(x + i, &bits, sizeof bits);
+  }
 }
 
 void NN_SIMD(nn_swiglu_row)(float *h, const float *gate, const float *up, int64_t n) {

@@ -69,13 +69,14 @@ nn_status nn_zero_grad(nn_context *context, float *gradient, int64_t n) {
   return NN_OK;
 }
 
-nn_status nn_adamw_step(nn_context *context, float *parameter, void *compute, void *m, void *v, const float *gradient,
+nn_status nn_adamw_step(nn_context *context, void *parameter, uint16_t *residue, void *m, void *v, const float *gradient,
                         const double *control, const double *schedule, int64_t n, double beta1, double beta2, double epsilon,
                         double decay, nn_dtype state_dtype, nn_dtype dtype) {
   NN_REQUIRE(context, n >= 0);
   NN_REQUIRE(context, beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1 && epsilon > 0);
   NN_REQUIRE(context, state_dtype == NN_F32 || state_dtype == NN_BF16);
   NN_REQUIRE(context, dtype == NN_F32 || dtype == NN_BF16);
+  NN_REQUIRE(context, n == 0 || (residue != NULL) == (dtype == NN_BF16));
   if (control[2] != 0.0) return NN_OK;
   const double rate = schedule[0];
   const int64_t step = (int64_t)schedule[1];
@@ -95,15 +96,14 @@ nn_status nn_adamw_step(nn_context *context, float *parameter, void *compute, vo
 #pragma omp parallel for num_threads(nn_team(context, n, NN_GRAIN)) schedule(static)
   for (int64_t c = 0; c < chunks; c++) {
     const int64_t at = c * NN_CHUNK, count = nn_min64(NN_CHUNK, n - at);
+    float joined[NN_CHUNK], *p = dtype == NN_F32 ? (float *)parameter + at : joined;
+    uint16_t *high = (uint16_t *)parameter + at, *low = residue + at; /* of dtype bf16 */
+    if (dtype == NN_BF16) NN_DISPATCH(context, nn_join_range)(p, high, low, count);
     if (state_dtype == NN_F32)
-      NN_DISPATCH(context, nn_adamw_range)(parameter + at, (float *)m + at, (float *)v + at, gradient + at, count, &s);
+      NN_DISPATCH(context, nn_adamw_range)(p, (float *)m + at, (float *)v + at, gradient + at, count, &s);
     else
-      NN_DISPATCH(context, nn_adamw_bf16_range)(parameter + at, (uint16_t *)m + at, (uint16_t *)v + at, gradient + at, count, &s);
-    if (compute == NULL) continue;
-    if (dtype == NN_F32)
-      memcpy((float *)compute + at, parameter + at, (size_t)count * sizeof(float));
-    else
-      NN_DISPATCH(context, nn_to_bf16_range)((uint16_t *)compute + at, parameter + at, count);
+      NN_DISPATCH(context, nn_adamw_bf16_range)(p, (uint16_t *)m + at, (uint16_t *)v + at, gradient + at, count, &s);
+    if (dtype == NN_BF16) NN_DISPATCH(context, nn_split_range)(high, low, p, count);
   }
   return NN_OK;
 }

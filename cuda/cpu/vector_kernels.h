@@ -20,6 +20,8 @@ NN_DECLARE_SIMD(void, nn_mul_range, (float *y, const float *a, const float *b, i
 NN_DECLARE_SIMD(void, nn_scale_range, (float *y, const float *x, int64_t n, float factor));
 NN_DECLARE_SIMD(void, nn_to_bf16_range, (uint16_t *y, const float *x, int64_t n));
 NN_DECLARE_SIMD(void, nn_from_bf16_range, (float *y, const uint16_t *x, int64_t n));
+NN_DECLARE_SIMD(void, nn_split_range, (uint16_t *high, uint16_t *low, const float *x, int64_t n));
+NN_DECLARE_SIMD(void, nn_join_range, (float *x, const uint16_t *high, const uint16_t *low, int64_t n));
 /* h [n] and gate, up [n] of one row. */
 NN_DECLARE_SIMD(void, nn_swiglu_row, (float *h, const float *gate, const float *up, int64_t n));
 NN_DECLARE_SIMD(void, nn_swiglu_backward_row,

@@ -7,7 +7,7 @@
  * Grammar of a parameter comment:   <way> <type> [<length>]{, null}
  *   way     out (`=`), add (`+=`), inout, in: device memory.   host: memory of the calling process, read or written
  *           before the call returns.
- *   type    f32 f64 i32 i64 u64 u8, or dtype (the argument `dtype`), or out_dtype (the argument `out_dtype`).
+ *   type    f32 f64 bf16 i32 i64 u64 u16 u8, or dtype (the argument `dtype`), or out_dtype (the argument `out_dtype`).
  *   length  elements, as a product or an expression of the size arguments: [T, H] means T*H.
  *   null    NULL is allowed and means "not wanted" or "not there".
  *
@@ -45,7 +45,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature or its meaning changes; a library of another version is refused when it is loaded. */
-#define NN_ABI_VERSION 2
+#define NN_ABI_VERSION 3
 
 typedef enum nn_status {
   NN_OK = 0,
@@ -221,6 +221,23 @@ NN_API nn_status nn_cast(
     const void *x, // in dtype [n]
     int64_t n, nn_dtype out_dtype, nn_dtype dtype);
 
+/* float32 numbers as two halves of 16 bits (cuda/include/nn_halves.h): high is x rounded to the nearest bfloat16, ties away from
+ * zero, low the low 16 bits of x. Together they are x to the bit, a zero's sign and infinities too; but every NaN is 0x7FC00000. */
+NN_API nn_status nn_split(
+    nn_context *context,
+    void *high,     // out bf16 [n]
+    uint16_t *low,  // out u16 [n]
+    const float *x, // in f32 [n]
+    int64_t n);
+
+/* The float32 numbers whose halves these are: the inverse of nn_split. */
+NN_API nn_status nn_join(
+    nn_context *context,
+    float *x,            // out f32 [n]
+    const void *high,    // in bf16 [n]
+    const uint16_t *low, // in u16 [n]
+    int64_t n);
+
 /* h = silu(gate) * up, where each row of gate_up is [gate (F) | up (F)]. */
 NN_API nn_status nn_swiglu_forward(
     nn_context *context,
@@ -251,6 +268,14 @@ NN_API nn_status nn_digest(
     uint64_t *digest, // out u64 [2]
     const void *x,    // in u8 [words*4]
     int64_t words);
+
+/* nn_digest of the float32 numbers whose halves these are (nn_split). */
+NN_API nn_status nn_digest_halves(
+    nn_context *context,
+    uint64_t *digest,    // out u64 [2]
+    const void *high,    // in bf16 [n]
+    const uint16_t *low, // in u16 [n]
+    int64_t n);
 
 /* Draws x[i] = standard_deviation * z(seed, stream, offset + i) from a counter-based generator (Philox 4x32-10) and an
  * inverse normal distribution in float64 made of IEEE operations only (cuda/include/nn_random.h), rounded once to
@@ -648,11 +673,12 @@ NN_API nn_status nn_grad_clip(
  *   p = p - (lr*decay)*p - (m*(1/correction1))*lr / (sqrt(v*(1/correction2)) + epsilon)
  * evaluated left to right as written, with correction_i = 1 - beta_i^step, 1-beta_i, lr*decay and 1/correction_i computed in
  * float64 by this function and rounded to float32 once. schedule = [learning rate, step] (step counts from 1) lies on the device, so that a captured step can
- * be replayed. `compute` gets a copy of p in dtype (NULL: none is kept). m and v have state_dtype, rounded to nearest. */
+ * be replayed. With dtype f32, `parameter` is p and `residue` NULL. With bf16 they are p's halves, high and low of nn_split: p is the
+ * same float32 as ever, and `parameter` its rounding, to compute with. m and v have state_dtype, rounded to nearest even. */
 NN_API nn_status nn_adamw_step(
     nn_context *context,
-    float *parameter,       // inout f32 [n]
-    void *compute,          // out dtype [n], null
+    void *parameter,        // inout dtype [n]
+    uint16_t *residue,      // inout u16 [n], null
     void *m,                // inout state_dtype [n]
     void *v,                // inout state_dtype [n]
     const float *gradient,  // in f32 [n]

@@ -1,7 +1,8 @@
-/* elementwise.cu: kernels with one output element per input element, sums in float64 and the digest. All are bound by memory:
+/* elementwise.cu: kernels with one output element per input element, sums in float64 and digests. All are bound by memory:
  * 16 bytes an access, a grid-stride loop, scalar accesses where a slice is not aligned. Compiled without contraction
  * (build: -fmad=false), because nn_random.h wants it.
  */
+#include "../include/nn_halves.h"
 #include "../include/nn_random.h"
 #include "common.cuh"
 
@@ -42,6 +43,41 @@ __global__ void elementwise_kernel(Y *y, const A *a, const A *b, int64_t n, floa
 struct Cast {
   __device__ float operator()(float a, float, float) const { return a; }
 };
+
+/* x float32 [n] -> its halves, N elements an access; the last n % N one by one. */
+template <int N>
+__global__ void split_kernel(uint16_t *high, uint16_t *low, const uint32_t *x, int64_t n) {
+  int64_t packs = n / N, stride = (int64_t)gridDim.x * blockDim.x, first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  for (int64_t i = first; i < packs; i += stride) {
+    Pack<uint32_t, N> bits = load_pack<uint32_t, N>(x + i * N);
+    Pack<uint16_t, N> h, l;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      nn_halves halves = nn_halves_of(bits.v[j]);
+      h.v[j] = halves.high, l.v[j] = halves.low;
+    }
+    store_pack<uint16_t, N>(high + i * N, h);
+    store_pack<uint16_t, N>(low + i * N, l);
+  }
+  for (int64_t i = packs * N + first; i < n; i += stride) {
+    nn_halves halves = nn_halves_of(x[i]);
+    high[i] = halves.high, low[i] = halves.low;
+  }
+}
+
+/* The inverse. */
+template <int N>
+__global__ void join_kernel(uint32_t *x, const uint16_t *high, const uint16_t *low, int64_t n) {
+  int64_t packs = n / N, stride = (int64_t)gridDim.x * blockDim.x, first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  for (int64_t i = first; i < packs; i += stride) {
+    Pack<uint16_t, N> h = load_pack<uint16_t, N>(high + i * N), l = load_pack<uint16_t, N>(low + i * N);
+    Pack<uint32_t, N> bits;
+#pragma unroll
+    for (int j = 0; j < N; j++) bits.v[j] = nn_halves_joined(h.v[j], l.v[j]);
+    store_pack<uint32_t, N>(x + i * N, bits);
+  }
+  for (int64_t i = packs * N + first; i < n; i += stride) x[i] = nn_halves_joined(high[i], low[i]);
+}
 
 /* gate_up [rows, 2F] -> h [rows, F], N columns a thread. */
 template <typename T, int N>
@@ -102,7 +138,18 @@ __global__ void chunk_sum_kernel(double *out, const X *x, int64_t n) {
   if (lane == 0 && base < n) out[chunk] = lanes[part][0];
 }
 
-__global__ void digest_kernel(unsigned long long *digest, const uint32_t *x, int64_t words) {
+/* Where a digest's words come from. */
+struct Words {
+  const uint32_t *x;
+  __device__ uint32_t operator[](int64_t i) const { return x[i]; }
+};
+struct JoinedHalves {
+  const uint16_t *high, *low;
+  __device__ uint32_t operator[](int64_t i) const { return nn_halves_joined(high[i], low[i]); }
+};
+
+template <typename Source>
+__global__ void digest_kernel(unsigned long long *digest, const Source x, int64_t words) {
   __shared__ unsigned long long part[2][8];
   unsigned long long a = 0, b = 0;
   for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < words; i += (int64_t)gridDim.x * blockDim.x) {
@@ -146,6 +193,14 @@ static void run_elementwise(nn_context *context, void *y, const void *a, const v
         (Y *)y, (const A *)a, (const A *)b, n, scalar);
 }
 
+template <typename Source>
+static nn_status run_digest(nn_context *context, uint64_t *digest, const Source &source, int64_t words) {
+  NN_CUDA(context, cudaMemsetAsync(digest, 0, 16, context->stream));
+  if (words > 0)
+    digest_kernel<<<grid_for(context, ceil_div(words, 4), 256), 256, 0, context->stream>>>((unsigned long long *)digest, source, words);
+  NN_LEAVE(context);
+}
+
 extern "C" {
 
 nn_status nn_silu_forward(nn_context *context, void *y, const void *x, int64_t n, nn_dtype dtype) {
@@ -182,6 +237,30 @@ nn_status nn_cast(nn_context *context, void *y, const void *x, int64_t n, nn_dty
   NN_ENTER(context, n >= 0 && valid(dtype) && valid(out_dtype));
   if (n > 0)
     NN_FOR_DTYPE(dtype, T, NN_FOR_DTYPE(out_dtype, Y, run_elementwise<Cast, false, Y, T>(context, y, x, NULL, n, 0.0f);););
+  NN_LEAVE(context);
+}
+
+nn_status nn_split(nn_context *context, void *high, uint16_t *low, const float *x, int64_t n) {
+  NN_ENTER(context, n >= 0);
+  if (n > 0) {
+    const uint32_t *bits = (const uint32_t *)x;
+    if (aligned16(high) && aligned16(low) && aligned16(x))
+      split_kernel<4><<<grid_for(context, ceil_div(n, 4), 256), 256, 0, context->stream>>>((uint16_t *)high, low, bits, n);
+    else
+      split_kernel<1><<<grid_for(context, n, 256), 256, 0, context->stream>>>((uint16_t *)high, low, bits, n);
+  }
+  NN_LEAVE(context);
+}
+
+nn_status nn_join(nn_context *context, float *x, const void *high, const uint16_t *low, int64_t n) {
+  NN_ENTER(context, n >= 0);
+  if (n > 0) {
+    const uint16_t *h = (const uint16_t *)high;
+    if (aligned16(x) && aligned16(high) && aligned16(low))
+      join_kernel<4><<<grid_for(context, ceil_div(n, 4), 256), 256, 0, context->stream>>>((uint32_t *)x, h, low, n);
+    else
+      join_kernel<1><<<grid_for(context, n, 256), 256, 0, context->stream>>>((uint32_t *)x, h, low, n);
+  }
   NN_LEAVE(context);
 }
 
@@ -254,11 +333,12 @@ nn_status nn_grad_norm(nn_context *context, double *sum_of_squares, const float 
 
 nn_status nn_digest(nn_context *context, uint64_t *digest, const void *x, int64_t words) {
   NN_ENTER(context, words >= 0);
-  NN_CUDA(context, cudaMemsetAsync(digest, 0, 16, context->stream));
-  if (words > 0)
-    digest_kernel<<<grid_for(context, ceil_div(words, 4), 256), 256, 0, context->stream>>>((unsigned long long *)digest,
-                                                                                          (const uint32_t *)x, words);
-  NN_LEAVE(context);
+  return run_digest(context, digest, Words{(const uint32_t *)x}, words);
+}
+
+nn_status nn_digest_halves(nn_context *context, uint64_t *digest, const void *high, const uint16_t *low, int64_t n) {
+  NN_ENTER(context, n >= 0);
+  return run_digest(context, digest, JoinedHalves{(const uint16_t *)high, low}, n);
 }
 
 nn_status nn_random_normal(nn_context *context, float *x, int64_t n, uint64_t seed, uint64_t stream, int64_t offset,

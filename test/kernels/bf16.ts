@@ -80,7 +80,7 @@ export function inBf16(one: Case, known: ReadonlyMap<string, Signature>, wideOut
   const names = new Set<string>();
   let typed = false;
   let hasOut = false;
-  const tokens = Object.fromEntries(Object.keys(one.buffers).map((name) => [name, { name } as unknown as Tensor]));
+  const tokens = Object.fromEntries(Object.entries(one.buffers).map(([name, { dtype, values }]) => [name, { name, address: 0, dtype, length: values.length } as Tensor]));
   const listen = new Proxy({}, {
     get: (_, method) => (...values: unknown[]): void => {
       const signature = known.get(String(method));

@@ -63,14 +63,17 @@ const DTYPES: Readonly<Record<string, DType>> = {
   Uint8Array: 'u8',
 };
 const ARRAYS = {
-  f32: Float32Array, f64: Float64Array, i32: Int32Array, i64: BigInt64Array, u64: BigUint64Array, bf16: Uint16Array, u8: Uint8Array,
+  f32: Float32Array, f64: Float64Array, i32: Int32Array, i64: BigInt64Array, u64: BigUint64Array, bf16: Uint16Array, u16: Uint16Array,
+  u8: Uint8Array,
 } as const;
 
 const buffer = (way: CaseBuffer['way'], values: TypedArray): CaseBuffer => ({ way, dtype: DTYPES[values.constructor.name]!, values });
 export const input = (values: TypedArray): CaseBuffer => buffer('in', values);
 export const inout = (values: TypedArray): CaseBuffer => buffer('inout', values);
+/** 16 bits that are no bfloat16. */
+export const words16 = (way: CaseBuffer['way'], values: Uint16Array): CaseBuffer => ({ way, dtype: 'u16', values });
 export const accumulate = (values: Float32Array): CaseBuffer => buffer('add', values);
-export const output = (dtype: DType, length: number): CaseBuffer => buffer('out', new ARRAYS[dtype](length));
+export const output = (dtype: DType, length: number): CaseBuffer => ({ way: 'out', dtype, values: new ARRAYS[dtype](length) });
 
 /** Deterministic numbers in [0, 1). */
 export function generator(seed: number): () => number {

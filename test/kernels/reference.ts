@@ -387,6 +387,19 @@ export function bf16Bits(x: number): number {
 
 export const bf16Value = (bits: number): number => new Float32Array(new Uint32Array([bits << 16]).buffer)[0]!;
 
+/** Everything that rounding to bfloat16 and back must get right: ties, overflow, denormals, infinities, NaN with any payload. */
+export const SPECIAL_BITS = Uint32Array.from([
+  0x3f800000, 0x3f808000, 0x3f818000, 0x3f808001, 0x3f807fff, 0x7f7fffff, 0x7f7f8000, 0x00000001, 0x00008000, 0x00018000, 0x80000000,
+  0x7f800000, 0xff800000, 0x7fc00000, 0x7f800001, 0xff800001, 0x7fffffff, 0xffffffff,
+]);
+
+/** The halves of a float32's bits: cut off after 16 bits and one up from the middle on, which is to nearest, ties away from zero. */
+export function halves(bits: number): { high: number; low: number } {
+  const isNaN = (bits & 0x7fffffff) > 0x7f800000;
+  const [top, low] = isNaN ? [0x7fc0, 0] : [bits >>> 16, bits & 0xffff];
+  return { high: (top + Number(low >= 0x8000)) & 0xffff, low };
+}
+
 /** AdamW to the bit: every operation rounded to float32 in the order that nn.h states. m and v as float32 values. */
 export function adamw(p: number, m: number, v: number, gradient: number, s: AdamwScalars): { p: number; m: number; v: number } {
   const [beta1, beta2, rate] = [f(s.beta1), f(s.beta2), f(s.rate)];

@@ -43,6 +43,9 @@ describe('refusals of the CPU library', () => {
     expect(thrown(() => kernels.ropeForward(f, f, i, f, f, 1, 1, 4, 4, 2, 'f32')).message).to.include('direction');
     expect(thrown(() => kernels.sample(i, f, i, 1, 8, 0, 1, 'f32')).message).to.include('temperature > 0');
     expect(thrown(() => kernels.toppSample(i, f, i, 1, 8, 1.5, 1, 1, 'f32')).message).to.include('top_p');
+    const [half, rest, control] = [device.allocate('bf16', 8), device.allocate('u16', 8), device.allocate('f64', 3)];
+    expect(thrown(() => kernels.adamwStep(f, rest, f, f, f, control, control, 8, 0.9, 0.95, 1e-8, 0.1, 'f32', 'f32')).message).to.include('residue');
+    expect(thrown(() => kernels.adamwStep(half, null, f, f, f, control, control, 8, 0.9, 0.95, 1e-8, 0.1, 'f32', 'bf16')).message).to.include('residue');
     expect(thrown(() => kernels.topkSample(i, f, i, 1, 8, 9, 1, 1, 'f32')).message).to.include('top_k');
   });
 

@@ -2,10 +2,11 @@
  * The table of cases of every kernel of nn.h but the products, the experts and the fused head, which have tables of their own: sizes 0,
  * 1, primes, one around each block of the implementations, and large ones. harness.ts runs them, reference.ts says what is right.
  */
-import { EXACT, accumulate, define, generator, inout, input, integers, numbers, output } from './harness.ts';
+import { EXACT, accumulate, define, inout, input, integers, numbers, output } from './harness.ts';
 import type { Case, Tolerance } from './harness.ts';
 import { attentionCases } from './table-attention.ts';
 import { decodeCases } from './table-decode.ts';
+import { optimizerCases } from './table-optimizer.ts';
 import { stepCases } from './table-step.ts';
 import * as reference from './reference.ts';
 import type { Numbers } from './reference.ts';
@@ -126,15 +127,9 @@ const special = [
   }),
 ];
 
-/** Everything that rounding to bfloat16 and back must get right: ties, overflow, denormals, infinities, NaN with any payload. */
-const specialBits = Uint32Array.from([
-  0x3f800000, 0x3f808000, 0x3f818000, 0x3f808001, 0x3f807fff, 0x7f7fffff, 0x7f7f8000, 0x00000001, 0x00008000, 0x00018000, 0x80000000,
-  0x7f800000, 0xff800000, 0x7fc00000, 0x7f800001, 0xff800001, 0x7fffffff, 0xffffffff,
-]);
-
 const cast = [0, 1, 17, 4099, 16385].flatMap((n): Case[] => {
   const values = numbers(n, n + 3, 3);
-  values.set(new Float32Array(specialBits.buffer).subarray(0, n));
+  values.set(new Float32Array(reference.SPECIAL_BITS.buffer).subarray(0, n));
   const halves = Uint16Array.from({ length: n }, (_, i) => (i * 40503) & 0xffff);
   const bits = (v: Numbers): Uint16Array => Uint16Array.from(v, reference.bf16Bits);
   return [
@@ -392,62 +387,7 @@ const embeddings = TABLES.flatMap(([T, H, V]): Case[] => {
   ];
 });
 
-const clips = [0, 0.25, 4, 1e30, Infinity, NaN].map((sum) => {
-  const norm = Math.sqrt(sum);
-  return define({
-    kernel: 'grad_clip', sizes: `sum of squares ${sum}`, buffers: { control: output('f64', 3), sum: input(Float64Array.from([sum])) },
-    run: (k, t) => k.gradClip(t.control, t.sum, 1),
-    expected: () => ({ control: [norm, norm < 1 ? 1 : Number.isNaN(norm) ? 1 : 1 / (norm + 1e-6), Number.isFinite(norm) ? 0 : 1] }),
-    tolerance: EXACT,
-  });
-});
-
-const SCALARS: reference.AdamwScalars = { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, decay: 0.1, rate: 2e-3, step: 3, clip: 0.37 };
-const adamw = [0, 1, 17, 4099, 16385].flatMap((n): Case[] =>
-  (['f32', 'bf16'] as const).flatMap((state): Case[] =>
-    ([null, 'f32', 'bf16'] as const).flatMap((compute) =>
-      [0, 1].map((skip) => {
-        const random = generator(n);
-        const [p, g] = [numbers(n, n + 20), numbers(n, n + 21, 0.1)];
-        const rounded = (value: number): number => (state === 'f32' ? value : reference.bf16Value(reference.bf16Bits(value)));
-        const halves = (values: Float32Array): Float32Array => values.map(rounded);
-        const m = halves(numbers(n, n + 22, 0.1));
-        const v = halves(Float32Array.from({ length: n }, () => random() * 0.01));
-        const stored = (values: Float32Array): Float32Array | Uint16Array =>
-          state === 'f32' ? values : Uint16Array.from(values, reference.bf16Bits);
-        const step = Number(n !== 17) * 2 + 1; // 1 and 3
-        const scalars = { ...SCALARS, step, decay: n === 4099 ? 0 : SCALARS.decay };
-        const after = Array.from(p, (value, i) =>
-          skip ? { p: value, m: m[i]!, v: v[i]! } : reference.adamw(value, m[i]!, v[i]!, g[i]!, scalars),
-        );
-        const copy = Float32Array.from(after, (one) => one.p);
-        const base = {
-          parameter: inout(p), m: inout(stored(m)), v: inout(stored(v)), gradient: input(g),
-          control: input(Float64Array.from([1, scalars.clip, skip])), schedule: input(Float64Array.from([scalars.rate, scalars.step])),
-        };
-        const buffers = compute === null || skip ? base : { ...base, compute: output(compute, n) };
-        return define({
-          kernel: 'adamw_step', buffers,
-          sizes: `n=${n} states ${state}${compute === null ? '' : `, copy ${compute}`}${skip ? ', skipped' : ''}`,
-          run: (k, t) => {
-            const { beta1, beta2, epsilon, decay } = scalars;
-            const extra = (t as Record<string, (typeof t)['m']>)['compute'] ?? null;
-            const { parameter, m: first, v: second, gradient, control, schedule } = t;
-            const copyType = compute ?? 'f32';
-            k.adamwStep(parameter, extra, first, second, gradient, control, schedule, n, beta1, beta2, epsilon, decay, state, copyType);
-          },
-          expected: () => ({
-            parameter: copy, m: stored(Float32Array.from(after, (one) => one.m)), v: stored(Float32Array.from(after, (one) => one.v)),
-            compute: compute === 'bf16' ? Uint16Array.from(copy, reference.bf16Bits) : copy,
-          }),
-          tolerance: EXACT,
-        });
-      }),
-    ),
-  ),
-);
-
 export const cases: readonly Case[] = [
   ...elementwise, ...special, ...cast, ...digests, ...rowwise, ...norms, ...router, nanRouter, ...ropes, ...attentionCases, ...losses,
-  ...embeddings, ...clips, ...adamw, ...decodeCases, ...stepCases,
+  ...embeddings, ...optimizerCases, ...decodeCases, ...stepCases,
 ];

@@ -145,7 +145,7 @@ describe('decoder', () => {
     const options = { model: PRESETS['6.9b'], precision: 'bf16', capacity: 262_144, batch: 1, prefillTokens: 4096, stepsPerRead: 32 } as const;
     const plan = decoderPlan(options, 1e8);
     expect(plan.bytes.cache).to.equal(30 * 2 * 262_144 * 64 * 2);
-    expect(plan.bytes.computeWeights).to.be.within(13.76e9, 13.77e9);
+    expect(plan.bytes.weights).to.be.within(13.76e9, 13.77e9);
     expect(plan.totalBytes).to.be.below(16.5e9);
     // Batch 64 at 1,024 positions is half as much cache.
     expect(decoderPlan({ ...options, capacity: 1024, batch: 64 }).bytes.cache).to.equal(plan.bytes.cache / 4);

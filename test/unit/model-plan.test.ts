@@ -110,8 +110,10 @@ describe('memory plan', () => {
     const near = (bytes: number, expected: number): void => {
       expect(bytes / expected).to.be.within(1, 1.0001);
     };
-    near(plan.bytes.weights, 4 * parameters);
-    near(plan.bytes.computeWeights, 2 * parameters);
+    near(plan.bytes.weights, 4 * parameters); // the two halves of float32
+    expect(plan.buffers.get('compute')).to.include({ kind: 'weights', dtype: 'bf16' });
+    expect(plan.buffers.get('residue')).to.include({ kind: 'weights', dtype: 'u16' });
+    expect(plan.buffers.has('master')).to.equal(false);
     near(plan.bytes.gradients, 4 * parameters);
     near(plan.bytes.optimizer, 4 * parameters);
     near(memoryPlan(options(PRESETS['6.9b'], wanted)).bytes.optimizer, 8 * parameters);
@@ -136,14 +138,14 @@ describe('memory plan of 6.9b on a GPU with 139.8 GiB', () => {
     for (const [sequences, sequenceLength] of [[1, 32_768], [8, 4096]] as const) {
       const plan = memoryPlan(large(sequences, sequenceLength), workspace);
       expect(plan.bytes.activations).to.be.within(6.8e9, 6.9e9);
-      expect(plan.totalBytes).to.be.below(132e9);
+      expect(plan.totalBytes).to.be.below(119e9);
     }
     expect(memoryPlan({ ...large(8, 4096), recompute: 'swiglu' }, workspace).totalBytes).to.be.above(available);
   });
 
   it('computes less again where memory is left: all attention is kept, and gate and up of so many layers', () => {
     const rows = [
-      [1, 'fp32', 30], [2, 'fp32', 25], [4, 'fp32', 10], [8, 'fp32', 3], [2, 'bf16', 30], [4, 'bf16', 27], [8, 'bf16', 12],
+      [1, 'fp32', 30], [2, 'fp32', 30], [4, 'fp32', 19], [8, 'fp32', 7], [2, 'bf16', 30], [4, 'bf16', 30], [8, 'bf16', 16], [16, 'fp32', 2],
     ] as const;
     for (const [sequences, stateDtype, gateUp] of rows) {
       const { plan, keep } = planWithin(large(sequences, 4096, stateDtype), workspace, available);
@@ -154,11 +156,11 @@ describe('memory plan of 6.9b on a GPU with 139.8 GiB', () => {
   });
 
   it('keeps attention of fewer layers where less is left, and nothing where nothing is', () => {
-    const { plan, keep } = planWithin(large(16, 4096), workspace, available);
+    const { plan, keep } = planWithin(large(32, 4096), workspace, available);
     expect(keep.gateUp).to.equal(1);
     expect(keep.attention).to.be.within(2, 29);
     expect(plan.totalBytes).to.be.at.most(available);
-    expect(planWithin(large(32, 4096), workspace, available).keep).to.deep.equal({ attention: 1, gateUp: 1 });
+    expect(planWithin(large(64, 4096), workspace, available).keep).to.deep.equal({ attention: 1, gateUp: 1 });
     expect(planWithin({ ...large(1, 4096), recompute: 'swiglu' }, workspace, available).plan).to.deep.equal(memoryPlan({ ...large(1, 4096), recompute: 'swiglu' }, workspace));
   });
 
@@ -166,7 +168,7 @@ describe('memory plan of 6.9b on a GPU with 139.8 GiB', () => {
     const small = options({ ...PRESETS.tiny, layers: 5 }, { recompute: 'layer' });
     for (const keep of [{ attention: 0, gateUp: 0 }, { attention: 3, gateUp: 2 }, { attention: 5, gateUp: 4 }, { attention: 2, gateUp: 4 }]) {
       const buffers = [...memoryPlan({ ...small, keep }).buffers.values()].filter(({ length }) => length > 0);
-      const end = ({ offset, length, dtype }: (typeof buffers)[number]): number => offset + length * { f32: 4, i32: 4, u8: 1, f64: 8, u64: 8, i64: 8, bf16: 2 }[dtype];
+      const end = ({ offset, length, dtype }: (typeof buffers)[number]): number => offset + length * { f32: 4, i32: 4, u8: 1, f64: 8, u64: 8, i64: 8, u16: 2, bf16: 2 }[dtype];
       for (const [at, a] of buffers.entries()) {
         for (const b of buffers.slice(0, at)) {
           const together = a.from <= b.to && b.from <= a.to;

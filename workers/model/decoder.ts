@@ -105,7 +105,7 @@ export function decoderPlan(options: PlannedOptions, workspaceBytes = 0): Memory
   const activation = (name: string, type: DType, length: number): Request => buffer('activations', name, type, length);
   return layOut(
     [
-      buffer(dtype === 'f32' ? 'weights' : 'computeWeights', 'weights', dtype, layoutParameters(model).flatLength),
+      buffer('weights', 'weights', dtype, layoutParameters(model).flatLength),
       buffer('workspace', 'workspace', 'u8', workspaceBytes),
       buffer('tables', 'cosine', 'f32', capacity * (D / 2)),
       buffer('tables', 'sine', 'f32', capacity * (D / 2)),

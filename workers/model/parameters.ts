@@ -1,5 +1,5 @@
 /**
- * Where each parameter lies in a flat buffer. Master weights, m, v, the gradient and (in bf16) the compute copy are five
+ * Where each parameter lies in a flat buffer. Master weights (in bf16: each of their halves), m, v and the gradient are
  * buffers of this one layout, so that a position means the same parameter in all of them. Pure but for `viewsOf`, which cuts
  * tensors out of a buffer. Used by the trainer, its gradients, the decoder, the plan and the exchange.
  *

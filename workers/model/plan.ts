@@ -44,7 +44,7 @@ export interface Keep {
 /** What of a layer's forward is still there in its backward; each word includes those before it. */
 export type Kept = 'nothing' | 'attention' | 'gateUp' | 'h';
 
-export type MemoryKind = 'weights' | 'computeWeights' | 'optimizer' | 'gradients' | 'activations' | 'cache' | 'workspace' | 'tables';
+export type MemoryKind = 'weights' | 'optimizer' | 'gradients' | 'activations' | 'cache' | 'workspace' | 'tables';
 
 export interface PlannedBuffer {
   readonly name: string;
@@ -127,7 +127,7 @@ export const SCRATCH_NAMES = Object.keys(SCRATCH) as ScratchName[];
 export const reportBytes = (layers: number, experts: number): number => 8 + 4 * layers + 4 * layers * experts;
 
 /**
- * The names in `buffers`: master, compute, m, v, gradient, shardGradient, workspace, cosine, sine, position, tokens, targets,
+ * The names in `buffers`: master, or compute and residue (weights.ts), m, v, gradient, shardGradient, workspace, cosine, sine, position, tokens, targets,
  * report, control; x.0 .. x.L (the residual stream before each layer, and after the last); layer.<l>.<StateName>, in `layer`
  * mode also again.<l>.<StateName>; slots.<l>; back.<l>.<ScratchName>; head.normed, head.reciprocal, head.loss, dx.
  */
@@ -170,7 +170,7 @@ export function layOut(lasting: readonly Request[], passing: readonly Request[])
   }
   const { offsets, bytes: activationBytes } = place(passing);
   passing.forEach((request, index) => buffers.set(request.name, { ...request, offset: end + offsets[index]! }));
-  const bytes: Record<MemoryKind, number> = { weights: 0, computeWeights: 0, optimizer: 0, gradients: 0, activations: activationBytes, cache: 0, workspace: 0, tables: 0 };
+  const bytes: Record<MemoryKind, number> = { weights: 0, optimizer: 0, gradients: 0, activations: activationBytes, cache: 0, workspace: 0, tables: 0 };
   for (const request of lasting) bytes[request.kind] += bytesOf(request);
   return { totalBytes: end + activationBytes, bytes, buffers };
 }
@@ -185,8 +185,9 @@ function lastingBuffers(options: PlanOptions, workspaceBytes: number): Request[]
   const training = options.evaluateOnly !== true;
   const buffer = (name: string, kind: MemoryKind, dtype: DType, length: number): Request => ({ name, kind, dtype, length, from: 0, to: Infinity });
   return [
-    buffer('master', 'weights', 'f32', flatLength),
-    ...(precision === 'bf16' ? [buffer('compute', 'computeWeights', 'bf16', flatLength)] : []),
+    ...(precision === 'bf16'
+      ? [buffer('compute', 'weights', 'bf16', flatLength), buffer('residue', 'weights', 'u16', flatLength)]
+      : [buffer('master', 'weights', 'f32', flatLength)]),
     ...(training ? [buffer('m', 'optimizer', state, flatLength), buffer('v', 'optimizer', state, flatLength), buffer('gradient', 'gradients', 'f32', flatLength)] : []),
     ...(training && options.separateShards ? [buffer('shardGradient', 'gradients', 'f32', flatLength)] : []),
     buffer('workspace', 'workspace', 'u8', workspaceBytes),

@@ -24,6 +24,8 @@ import type { Keep, PlanOptions } from './plan.ts';
 import { Replay } from './replay.ts';
 import { learningRate } from './schedule.ts';
 import { sizesOf } from './sizes.ts';
+import { masterWeights } from './weights.ts';
+import type { MasterWeights } from './weights.ts';
 
 export { memoryPlan } from './plan.ts';
 export type { MemoryPlan } from './plan.ts';
@@ -71,7 +73,7 @@ const SPARE_BYTES = 1.5e9;
 interface OptimizerRange extends ElementRange {
   readonly decay: boolean;
   readonly parameter: Tensor;
-  readonly compute: Tensor | null;
+  readonly residue: Tensor | null;
   readonly m: Tensor;
   readonly v: Tensor;
 }
@@ -93,8 +95,7 @@ export class Trainer {
   readonly #network: Network;
   readonly #update: Replay;
   readonly #workspace: Tensor;
-  readonly #master: Tensor;
-  readonly #compute: Tensor | null;
+  readonly #weights: MasterWeights;
   readonly #digest: Tensor;
   readonly #sumOfSquares: Tensor;
   readonly #control: Tensor;
@@ -123,24 +124,22 @@ export class Trainer {
 
     const at = (name: string): Tensor => this.#arena.tensor(name);
     this.#workspace = at('workspace');
-    this.#master = at('master');
-    this.#compute = options.precision === 'bf16' ? at('compute') : null;
+    this.#weights = masterWeights(device, this.#arena, options.precision);
     this.#digest = at('digest');
     this.#sumOfSquares = slice(at('control'), 0, 1);
     this.#control = slice(at('control'), 1, 3);
     this.#schedule = slice(at('control'), 4, 2);
     this.#enter();
     const training = options.evaluateOnly !== true;
-    this.#zero(this.#master);
-    if (training) for (const name of ['m', 'v']) this.#zero(at(name));
+    this.#weights.clear();
+    this.#clearOptimizer();
     this.#ranges = !training
       ? []
       : this.#layout.ranges.map(({ offset, length, decay }) => ({
           offset,
           length,
           decay,
-          parameter: slice(this.#master, offset, length),
-          compute: this.#compute === null ? null : slice(this.#compute, offset, length),
+          ...this.#weights.range({ offset, length }),
           m: slice(at('m'), offset, length),
           v: slice(at('v'), offset, length),
         }));
@@ -157,7 +156,7 @@ export class Trainer {
       graph: options.graph !== false,
       ropeTheta: model.ropeTheta,
       ntkAlpha: model.ntkAlpha,
-      weights: viewsOf(model, this.#layout, this.#compute ?? this.#master),
+      weights: viewsOf(model, this.#layout, this.#weights.compute),
       gradients: accumulator === null ? null : viewsOf(model, this.#layout, accumulator),
     });
   }
@@ -165,15 +164,13 @@ export class Trainer {
   /** The state of version 0: weights from the seed (Normal(0, 0.02), a stream for each tensor), norms 1, m = v = 0. `check` is called before each tensor and may throw. */
   initialise(seed: number, check: () => void = () => undefined): void {
     this.#enter();
-    this.#zero(this.#master);
-    for (const [index, { shape, offset, length }] of this.parameters.entries()) {
+    this.#weights.clear();
+    for (const [index, parameter] of this.parameters.entries()) {
       check();
-      const tensor = slice(this.#master, offset, length);
-      if (shape.length >= 2) this.#kernels.randomNormal(tensor, length, seed, index, 0, 0.02);
-      else this.#device.upload(tensor, new Float32Array(length).fill(1));
+      if (parameter.shape.length >= 2) this.#weights.draw(parameter, seed, index, 0.02);
+      else this.#weights.write(parameter.offset, new Float32Array(parameter.length).fill(1));
     }
     this.#clearOptimizer();
-    this.commitState();
   }
 
   /** Weights from elsewhere, m = v = 0. The source's sizes are the caller's to check; what it lacks, it throws for. */
@@ -182,10 +179,9 @@ export class Trainer {
     for (const parameter of this.parameters) {
       const values = new Float32Array(parameter.length);
       source.read(parameter.name, values);
-      this.#device.upload(slice(this.#master, parameter.offset, parameter.length), values);
+      this.#weights.write(parameter.offset, values);
     }
     this.#clearOptimizer();
-    this.commitState();
   }
 
   /** The step's gradient becomes zero. */
@@ -217,7 +213,9 @@ export class Trainer {
 
   /** 32 hex digits: nn_digest of the step's gradient. */
   gradientDigest(): string {
-    return this.#digestOf(this.#stepGradient().whole());
+    const gradient = this.#stepGradient().whole();
+    this.#kernels.digest(this.#digest, gradient, gradient.length);
+    return this.#readDigest();
   }
 
   /** Elements offset .. offset+into.length-1 of the step's gradient. */
@@ -276,10 +274,10 @@ export class Trainer {
     kernels.gradNorm(this.#sumOfSquares, gradient, this.flatLength);
     kernels.gradClip(this.#control, this.#sumOfSquares, optimizer.clipNorm);
     const stateDtype = optimizer.stateDtype === 'bf16' ? 'bf16' : 'f32';
-    const dtype = this.#compute === null ? 'f32' : 'bf16';
-    for (const { parameter, compute, m, v, offset, length, decay } of this.#ranges) {
+    const dtype = this.#options.precision === 'bf16' ? 'bf16' : 'f32';
+    for (const { parameter, residue, m, v, offset, length, decay } of this.#ranges) {
       kernels.adamwStep(
-        parameter, compute, m, v, slice(gradient, offset, length), this.#control, this.#schedule, length, optimizer.beta1, optimizer.beta2, optimizer.epsilon,
+        parameter, residue, m, v, slice(gradient, offset, length), this.#control, this.#schedule, length, optimizer.beta1, optimizer.beta2, optimizer.epsilon,
         decay ? optimizer.weightDecay : 0, stateDtype, dtype,
       );
     }
@@ -300,7 +298,8 @@ export class Trainer {
 
   /** 32 hex digits: nn_digest of the master weights. */
   stateDigest(): string {
-    return this.#digestOf(this.#master);
+    this.#weights.digest(this.#digest);
+    return this.#readDigest();
   }
 
   /** sha-256 over all float32 master weights, little-endian, tensors in the order of parameterShapes, without padding. */
@@ -310,7 +309,7 @@ export class Trainer {
     for (const { offset, length } of this.parameters) {
       for (let start = 0; start < length; start += STAGE_ELEMENTS) {
         const piece = host.subarray(0, Math.min(STAGE_ELEMENTS, length - start));
-        this.#device.download(piece, slice(this.#master, offset + start, piece.length));
+        this.#weights.read(offset + start, piece);
         hash.update(new Uint8Array(piece.buffer, 0, piece.byteLength));
       }
     }
@@ -319,35 +318,36 @@ export class Trainer {
 
   /** A whole parameter's master weight, m or v as float32. */
   readState(kind: StateKind, parameter: PlacedParameter, into: Float32Array): void {
-    const tensor = this.#stateOf(kind, parameter, into);
+    requireLength(kind, parameter, into);
+    if (kind === 'weight') return this.#weights.read(parameter.offset, into);
+    const tensor = slice(this.#arena.tensor(kind), parameter.offset, parameter.length);
     if (tensor.dtype === 'f32') return this.#device.download(into, tensor);
     const bits = new Uint16Array(into.length);
     this.#device.download(bits, tensor);
     decodeBf16(bits, into);
   }
 
-  /** How the weights, m or v lie in memory. */
+  /** The type of what readFlat reads. */
   stateDtype(kind: StateKind): 'f32' | 'bf16' {
     return kind !== 'weight' && this.#options.optimizer.stateDtype === 'bf16' ? 'bf16' : 'f32';
   }
 
   /** Elements offset .. offset+into.length-1 of the flat weights, m or v, padding included, of the type that stateDtype says. */
   readFlat(kind: StateKind, offset: number, into: Float32Array | Uint16Array): void {
-    this.#device.download(into, slice(kind === 'weight' ? this.#master : this.#arena.tensor(kind), offset, into.length));
+    if (kind !== 'weight') return this.#device.download(into, slice(this.#arena.tensor(kind), offset, into.length));
+    if (!(into instanceof Float32Array)) throw new Error('weights are read as float32');
+    this.#weights.read(offset, into);
   }
 
-  /** Replaces a whole parameter's master weight, m or v. After the last call, commitState. */
+  /** Replaces a whole parameter's master weight, m or v. */
   writeState(kind: StateKind, parameter: PlacedParameter, from: Float32Array): void {
-    const tensor = this.#stateOf(kind, parameter, from);
+    requireLength(kind, parameter, from);
+    if (kind === 'weight') return this.#weights.write(parameter.offset, from);
+    const tensor = slice(this.#arena.tensor(kind), parameter.offset, parameter.length);
     if (tensor.dtype === 'f32') return this.#device.upload(tensor, from);
     const bits = new Uint16Array(from.length);
     encodeBf16(from, bits);
     this.#device.upload(tensor, bits);
-  }
-
-  /** Refreshes the copy of the weights that the kernels compute with. */
-  commitState(): void {
-    if (this.#compute !== null) this.#kernels.cast(this.#compute, this.#master, this.flatLength, 'bf16', 'f32');
   }
 
   /** Gives the memory back; the trainer is of no use afterwards. */
@@ -379,18 +379,16 @@ export class Trainer {
     this.#zero(this.#arena.tensor('v'));
   }
 
-  #digestOf(tensor: Tensor): string {
-    this.#enter();
-    this.#kernels.digest(this.#digest, tensor, tensor.length);
+  /** What the last digest of a buffer was, as 32 hex digits. */
+  #readDigest(): string {
     const words = new BigUint64Array(2);
     this.#device.download(words, this.#digest);
     return [...words].map((word) => word.toString(16).padStart(16, '0')).join('');
   }
+}
 
-  #stateOf(kind: StateKind, { name, offset, length }: PlacedParameter, host: Float32Array): Tensor {
-    if (host.length !== length) throw new Error(`${kind} of ${name} has ${length} elements, not ${host.length}`);
-    return slice(kind === 'weight' ? this.#master : this.#arena.tensor(kind), offset, length);
-  }
+function requireLength(kind: StateKind, { name, length }: PlacedParameter, host: Float32Array): void {
+  if (host.length !== length) throw new Error(`${kind} of ${name} has ${length} elements, not ${host.length}`);
 }
 
 function reportOf(report: Report, { targets }: Batch): MicrobatchReport {

@@ -3,12 +3,16 @@
  * loads, two multiply, each 64 rows of a tile of 128 rows by BN columns. While the multipliers finish a tile, the loader is already
  * stages ahead in the next.
  *
- *   loader    wait empty[s] -> copy A and B of 64 depths into stage s -> full[s]
- *   multiplier    wait full[s] -> 4 x wgmma -> (one step later, when they are done) empty[s]
+ *   loader        wait empty[s] -> copy A and B of 64 depths into stage s -> full[s]
+ *   multipliers   wait full[s] -> 4 x wgmma -> (one step later, when they are done) empty[s]
  *
  * Gathered rows are copied by the loader's 128 threads; each waits for its own copies a few steps later, makes them visible to the
- * tensor cores and then arrives at full[s]. How results leave: wgmma_epilogues.cuh. For SWIGLU_BACKWARD gate and up follow a tile's operands
- * through the same stages; dSwiGLU is done there in place, and a stage is free when the copy engine has read its results.
+ * tensor cores and then arrives at full[s]. How results leave: wgmma_epilogues.cuh.
+ *
+ * SWIGLU: h takes as long to compute as a third of a tile's products. The loader's other three warps, the finishers, compute it while the multipliers
+ * are in the next tile. Multiplier's warp w: wait taken[w] -> gate and up -> handed[w]; finishers: wait handed[w] -> h -> taken[w].
+ * SWIGLU_BACKWARD: gate and up follow a tile's operands through the same stages; dSwiGLU is done there in place, and a stage is free when the copy
+ * engine has read its results.
  * fast.cu (pranjalssh) and CUTLASS's warp-specialised kernels are the models.
  */
 #include <cuda.h>
@@ -20,7 +24,9 @@ const int64_t PACK_ROWS = 2048; /* from so many gathered rows on they are packed
 
 enum Gather { GATHER_NONE, GATHER_A, GATHER_B };
 
-constexpr int shared_bytes(int bn, int stages) { return 1024 + stages * (A_BYTES + bn * BK * 2) + BOXES_BYTES; }
+constexpr int shared_bytes(int bn, int stages, int epilogue) {
+  return 1024 + stages * (A_BYTES + bn * BK * 2) + (MULTIPLIER_WARPS * boxes_of(epilogue) + (epilogue == SWIGLU ? 2 * FINISHER_WARPS : 0)) * BOX_BYTES;
+}
 
 /* ---- kernel: the loader -------------------------------------------------------------------------------------- */
 
@@ -144,13 +150,16 @@ __global__ void __launch_bounds__(THREADS, 1)
 #if NN_HOPPER
   constexpr int B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES, COLUMNS = EPILOGUE == SWIGLU ? BN / 2 : BN;
   extern __shared__ unsigned char memory[];
-  __shared__ __align__(8) uint64_t barriers[2 * STAGES];
+  __shared__ __align__(8) uint64_t barriers[2 * STAGES + (EPILOGUE == SWIGLU ? 2 * MULTIPLIER_WARPS : 0)];
   const uint32_t shared = (shared_address(memory) + 1023) & ~1023u, full = shared_address(barriers), empty = full + 8 * STAGES;
+  const uint32_t boxes = shared + STAGES * STAGE_BYTES, handed = empty + 8 * STAGES, taken = handed + 8 * MULTIPLIER_WARPS;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, GATHER == GATHER_NONE ? 1 : 129);
-      barrier_init(empty + 8 * s, 8);
+      barrier_init(empty + 8 * s, MULTIPLIER_WARPS);
     }
+    if (EPILOGUE == SWIGLU)
+      for (int w = 0; w < MULTIPLIER_WARPS; w++) barrier_init(handed + 8 * w, 32), barrier_init(taken + 8 * w, 2 * 32);
     fence_barrier_init();
   }
   __syncthreads();
@@ -158,7 +167,16 @@ __global__ void __launch_bounds__(THREADS, 1)
   Tile tile;
   Walk<BM, COLUMNS> walk;
   if (group == 0) {
-    registers_down<40>();
+    registers_down<EPILOGUE == SWIGLU ? 88 : 40>(); /* the finishers compute */
+    if (EPILOGUE == SWIGLU && threadIdx.x >= 32) {
+      const int finisher = (threadIdx.x >> 5) - 1;
+      int turn = 0;
+      uint32_t phase = 0;
+      for (int64_t index = blockIdx.x; walk.find(p, index, tile); index += gridDim.x, phase ^= 1)
+        finish_swiglu(p, tile, finisher, boxes + (MULTIPLIER_WARPS * boxes_of(SWIGLU) + finisher * 2) * BOX_BYTES, turn, boxes, handed, taken, phase, &map_h);
+      if ((threadIdx.x & 31) == 0) store_wait_read<0>(); /* the block's memory must stay until then */
+      return;
+    }
     if (GATHER == GATHER_NONE && threadIdx.x != 0) return;
     constexpr int LAG = STAGES - 2;
     constexpr uint32_t COPIED = (GATHER == GATHER_A ? 0 : A_BYTES) + (GATHER == GATHER_B ? 0 : B_BYTES);
@@ -216,11 +234,11 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
     }
   } else {
-    registers_up<232>();
+    registers_up<EPILOGUE == SWIGLU ? 208 : 232>();
     const int half = group - 1, warp = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
-    const uint32_t boxes = shared + STAGES * STAGE_BYTES + (half * 4 + warp) * 2 * BOX_BYTES;
+    const uint32_t own_boxes = boxes + (half * 4 + warp) * boxes_of(EPILOGUE) * BOX_BYTES;
     int stage = 0, late = -1; /* late: a stage whose stores may still read it */
-    uint32_t phase = 0;
+    uint32_t phase = 0, phase_taken = 1;
     float d[BN / 2];
     /* A stage is free when its results have been read, by the copy engine or by every lane. */
     auto release_stored = [&](int which, bool newest) {
@@ -232,11 +250,12 @@ __global__ void __launch_bounds__(THREADS, 1)
         store_wait_read<1>();
       barrier_arrive(empty + 8 * which);
     };
-    for (int64_t index = blockIdx.x; walk.find(p, index, tile); index += gridDim.x) {
-      if (tile.k0 >= tile.k_end && p.grouping == GROUP_DEPTH && p.beta == 1.0f) continue;
+    int64_t index = blockIdx.x;
+    Tile next;
+    for (bool more = walk.find(p, index, tile); more; tile = next) {
       int before = -1;
       const int64_t row0 = tile.m0 + half * 64 + warp * 16;
-      const int rows = (int)max((int64_t)0, min((int64_t)16, tile.m_end - row0));
+      const int rows = rows_inside(tile, row0);
       float weight[2] = {0.0f, 0.0f};
       if (EPILOGUE == SWIGLU_BACKWARD) {
 #pragma unroll
@@ -260,14 +279,19 @@ __global__ void __launch_bounds__(THREADS, 1)
         before = stage;
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
+      more = walk.find(p, index += gridDim.x, next); /* while the last products run */
       wgmma_wait<0>();
       if (before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);
       if (AMN && before < 0) { /* only GROUP_DEPTH has tiles without a step */
+        if (p.beta == 1.0f) continue;
 #pragma unroll
         for (int i = 0; i < BN / 2; i++) d[i] = 0.0f;
       }
-      if (EPILOGUE != SWIGLU_BACKWARD) {
-        finish<BN, EPILOGUE>(p, tile, d, boxes, row0, rows, &map_c, &map_h);
+      if constexpr (EPILOGUE == STORE) {
+        finish<BN>(p, tile, d, own_boxes, row0, rows, &map_c);
+      } else if constexpr (EPILOGUE == SWIGLU) {
+        hand_over(p, tile, d, own_boxes, row0, rows, &map_c, handed + 8 * (half * 4 + warp), taken + 8 * (half * 4 + warp), phase_taken);
+        phase_taken ^= 1;
       } else {
         float dots[2] = {0.0f, 0.0f};
         const int pieces = min(BN / 64, ((int)p.n - tile.n0) / 64);
@@ -376,7 +400,7 @@ static nn_status launch(nn_context *context, Product &p, int packed) {
   if (GATHER != GATHER_B && !nn_tensor_map(&map_b, p.b, BMN ? n : p.k, packed == GATHER_B ? p.b_row_count : BMN ? p.k : n, weights ? p.groups : 1, p.ldb, p.b_stride,
                                            BMN ? 64 : EPILOGUE == SWIGLU ? BN / 2 : BN))
     return NN_ERROR_UNSUPPORTED;
-  const int bytes = shared_bytes(BN, STAGES);
+  const int bytes = shared_bytes(BN, STAGES, EPILOGUE);
   auto kernel = wgmma_kernel<BN, STAGES, AMN, BMN, GATHER, EPILOGUE>;
   NN_CUDA(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   int64_t tiles = most_tiles<BM, EPILOGUE == SWIGLU ? BN / 2 : BN>(p), most = context->multiprocessors;
@@ -384,11 +408,12 @@ static nn_status launch(nn_context *context, Product &p, int packed) {
   return NN_OK;
 }
 
-/* Packs the gathered rows into the workspace where they are many and it has room: to the same bits. p then gathers nothing; `packed` says which operand of GROUP_DEPTH is padded. */
-static void pack(nn_context *context, Product &p, int *packed) {
+/* Packs the gathered rows into the workspace where they are `enough` and it has room: to the same bits. p then gathers nothing; `packed` says
+ * which operand of GROUP_DEPTH is padded. */
+static void pack(nn_context *context, Product &p, int *packed, int64_t enough = PACK_ROWS) {
   const bool depth = p.grouping == GROUP_DEPTH;
   const int64_t slots = depth ? p.k : p.m, width = p.b_rows ? p.n : depth ? p.m : p.k;
-  if (slots < PACK_ROWS) return;
+  if (slots < enough) return;
   const int64_t count = depth ? ceil_div(slots, BK) * BK + (int64_t)BK * p.groups : slots;
   Scratch scratch(context);
   if (p.row_dots) scratch.take<float>(p.m * most_dot_parts(p.n)); /* the caller's, at the start of the workspace */
@@ -421,8 +446,8 @@ nn_status nn_product_wgmma(nn_context *context, Product &p) {
   int packed = GATHER_NONE;
   if (p.epilogue == SWIGLU) {
     if (p.a_mn || p.b_mn || !p.a_rows || !aligned16(p.h_out)) return NN_ERROR_UNSUPPORTED;
-    pack(context, p, &packed);
-    return p.a_rows ? LAUNCH(false, false, GATHER_A, SWIGLU) : LAUNCH(false, false, GATHER_NONE, SWIGLU);
+    pack(context, p, &packed, 0); /* the loader's other warps, which would gather, are the finishers */
+    return p.a_rows ? NN_ERROR_UNSUPPORTED : launch<256, 3, false, false, GATHER_NONE, SWIGLU>(context, p, packed);
   }
   if (p.epilogue == SWIGLU_BACKWARD) {
     if (p.a_mn || !p.b_mn || !p.a_rows || p.n % 64 || !aligned16(p.weighted_h) || !aligned16(p.gate_up)) return NN_ERROR_UNSUPPORTED;

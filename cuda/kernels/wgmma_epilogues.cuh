@@ -1,15 +1,19 @@
 /* wgmma_epilogues.cuh: how a warp of product_wgmma.cu turns its accumulators into results: 16 rows of a tile, accumulators as wgmma leaves
  * them (hopper.cuh). A piece of 16 rows by 128 bytes is put together in a box of shared memory, which the copy engine takes away while the
  * warp goes on with the next; bf16 pieces that are not whole, where a group's rows or the columns end, the warp takes away itself. Float32 is
- * added to what is there in the L2 cache: each element by one warp once a call, so that its sum has one order.
+ * added to what is there in the L2 cache: each element by one warp once a call, so that its sum has one order. h of SWIGLU is not for the
+ * multipliers to compute: they hand gate and up to the finishers, and go on with the next tile.
  */
 #pragma once
 
 #include "hopper.cuh"
 #include "product.cuh"
 
-const int BM = 128, A_BYTES = BM * 64 * 2;                         /* rows of a tile; bytes of a stage's A: 64 depths */
-const int BOX_BYTES = 16 * 128, BOXES_BYTES = 8 * 2 * BOX_BYTES; /* two boxes a warp, for 8 warps */
+const int BM = 128, A_BYTES = BM * 64 * 2; /* rows of a tile; bytes of a stage's A: 64 depths */
+const int BOX_BYTES = 16 * 128, MULTIPLIER_WARPS = 8, FINISHER_WARPS = 3;
+
+/* Boxes of a multiplier's warp: two by turns; for SWIGLU all 128 columns of gate, then of up, until the finishers have taken them. */
+__host__ __device__ constexpr int boxes_of(int epilogue) { return epilogue == SWIGLU ? 4 : 2; }
 
 #if NN_HOPPER
 
@@ -76,63 +80,58 @@ __device__ __forceinline__ void fill_box(uint32_t box, const float *d, float alp
     }
 }
 
+/* A 16-byte piece of shared memory. */
+__device__ __forceinline__ void load_four(uint32_t (&x)[4], uint32_t shared) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared) : "memory");
+}
+__device__ __forceinline__ void store_four(uint32_t shared, const uint32_t (&x)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
+/* Of 16 rows from row0, those that the tile has. */
+__device__ __forceinline__ int rows_inside(const Tile &tile, int64_t row0) { return (int)max((int64_t)0, min((int64_t)16, tile.m_end - row0)); }
+
 /* The first `rows` rows and `columns` columns of a bf16 box to memory, in 16-byte pieces; columns are a multiple of 8. */
 __device__ __forceinline__ void copy_box(bf16 *out, int64_t ld, uint32_t box, int rows, int columns) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int row = i * 4 + (lane >> 3);
-    uint4 piece;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
-                 : "r"(box + row * 128 + (((lane & 7) ^ (row & 7)) << 4))
-                 : "memory");
-    if (row < rows && (lane & 7) * 8 < columns) *reinterpret_cast<uint4 *>(out + row * ld + (lane & 7) * 8) = piece;
+    uint32_t x[4];
+    load_four(x, box + row * 128 + (((lane & 7) ^ (row & 7)) << 4));
+    if (row < rows && (lane & 7) * 8 < columns) *reinterpret_cast<uint4 *>(out + row * ld + (lane & 7) * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+  }
+}
+
+/* Takes a box away that the whole warp has written: bf16, 16 rows from row0, 64 columns from `column`, of which `rows` and `columns` are inside. */
+__device__ __forceinline__ void take_away(const CUtensorMap *map, bf16 *out, int64_t ld, uint32_t box, int64_t row0, int rows, int column, int columns,
+                                          int group) {
+  if (rows == 16 && columns >= 64) {
+    send_box<false>(map, box, column, row0, group);
+  } else {
+    __syncwarp();
+    copy_box(out + row0 * ld + column, ld, box, rows, columns);
+    if ((threadIdx.x & 31) == 0) store_commit(); /* a group of nothing: next_box counts two boxes back */
   }
 }
 
 /* ---- epilogues ----------------------------------------------------------------------------------------------- */
 
-/* Writes `rows` rows from row0 of the tile. map_c, map_h: C (for SWIGLU gate_up) and h in boxes. boxes: the warp's, both free or on their way. */
-template <int BN, int EPILOGUE>
+/* Writes `rows` rows of C from row0 of the tile. boxes: the warp's two, free or on their way. */
+template <int BN>
 __device__ __forceinline__ void finish(const Product &p, const Tile &tile, const float (&d)[BN / 2], uint32_t boxes, int64_t row0, int rows,
-                                       const CUtensorMap *map_c, const CUtensorMap *map_h) {
+                                       const CUtensorMap *map_c) {
   const int group = p.grouping == GROUP_ROWS ? 0 : tile.group;
-  int turn = 0; /* even at the end of every tile */
-  auto piece = [&](const CUtensorMap *map, bf16 *out, int64_t ld, int column, int columns, auto value) {
-    const uint32_t box = next_box(boxes, turn++);
-    fill_box(box, value);
-    if (rows == 16 && columns >= 64) {
-      send_box<false>(map, box, column, row0, group);
-    } else {
-      __syncwarp();
-      copy_box(out + row0 * ld + column, ld, box, rows, columns);
-      if ((threadIdx.x & 31) == 0) store_commit(); /* a group of nothing: next_box counts two boxes back */
-    }
-  };
-  if (EPILOGUE == SWIGLU) {
-#pragma unroll
-    for (int part = 0; part < BN / 128; part++) {
-      const int gate = part * 32, up = BN / 4 + part * 32, column = tile.n0 + part * 64, columns = (int)p.n - column;
-      if (p.c) {
-        piece(map_c, (bf16 *)p.c, 2 * p.n, column, columns,
-              [&](int j, int half) { return pack_bf16(d[gate + j * 4 + half * 2], d[gate + j * 4 + half * 2 + 1]); });
-        piece(map_c, (bf16 *)p.c, 2 * p.n, (int)p.n + column, columns,
-              [&](int j, int half) { return pack_bf16(d[up + j * 4 + half * 2], d[up + j * 4 + half * 2 + 1]); });
-      }
-      piece(map_h, (bf16 *)p.h_out, p.n, column, columns, [&](int j, int half) {
-        const int g = gate + j * 4 + half * 2, u = up + j * 4 + half * 2;
-        return pack_bf16(swiglu<bf16>(rounded<bf16>(d[g]), rounded<bf16>(d[u])), swiglu<bf16>(rounded<bf16>(d[g + 1]), rounded<bf16>(d[u + 1])));
-      });
-    }
-  } else if (p.out_dtype == NN_BF16) {
+  if (p.out_dtype == NN_BF16) {
 #pragma unroll
     for (int part = 0; part < BN / 64; part++) {
       const int column = tile.n0 + part * 64;
-      piece(map_c, (bf16 *)p.c + group * p.c_stride, p.ldc, column, (int)p.n - column, [&](int j, int half) {
+      const uint32_t box = next_box(boxes, part);
+      fill_box(box, [&](int j, int half) {
         const int at = part * 32 + j * 4 + half * 2;
         return pack_bf16(p.alpha * d[at], p.alpha * d[at + 1]);
       });
+      take_away(map_c, (bf16 *)p.c + group * p.c_stride, p.ldc, box, row0, rows, column, (int)p.n - column, group);
     }
     if (BN % 128 != 0 && (threadIdx.x & 31) == 0) store_commit(); /* in place of a box, so that the next tile begins with the first one */
   } else { /* never GROUP_ROWS: what lies outside C, the copy engine leaves out */
@@ -145,6 +144,68 @@ __device__ __forceinline__ void finish(const Product &p, const Tile &tile, const
       else
         send_box<false>(map_c, box, tile.n0 + part * 32, row0, group);
     }
+  }
+}
+
+/* SWIGLU, by a multiplier's warp: gate and up of 16 rows by 128 columns into its four boxes, and to C if there is one. `taken`: the barrier behind the
+ * finishers' reads of the tile before, of parity `phase`; arrives at `handed`. */
+__device__ __forceinline__ void hand_over(const Product &p, const Tile &tile, const float (&d)[128], uint32_t boxes, int64_t row0, int rows,
+                                          const CUtensorMap *map_c, uint32_t handed, uint32_t taken, uint32_t phase) {
+  barrier_wait(taken, phase);
+  if ((threadIdx.x & 31) == 0) store_wait_read<0>();
+  __syncwarp();
+#pragma unroll
+  for (int piece = 0; piece < 4; piece++)
+    fill_box(boxes + piece * BOX_BYTES, [&](int j, int half) { return pack_bf16(d[piece * 32 + j * 4 + half * 2], d[piece * 32 + j * 4 + half * 2 + 1]); });
+  barrier_arrive(handed);
+  if (!p.c) return;
+  if (rows == 16 && tile.n0 + 128 <= p.n) {
+    fence_async_shared();
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) {
+#pragma unroll
+      for (int piece = 0; piece < 4; piece++)
+        tensor_store(map_c, boxes + piece * BOX_BYTES, tile.n0 + (piece & 1) * 64 + (piece >> 1) * (int)p.n, (int)row0, 0);
+      store_commit();
+    }
+  } else {
+    __syncwarp();
+    for (int piece = 0; piece < 4; piece++) {
+      const int column = tile.n0 + (piece & 1) * 64;
+      copy_box((bf16 *)p.c + row0 * 2 * p.n + (piece >> 1) * p.n + column, 2 * p.n, boxes + piece * BOX_BYTES, rows, (int)p.n - column);
+    }
+  }
+}
+
+/* h of 16 rows by 64 columns, from boxes of gate and up into one of its own. */
+__device__ __forceinline__ void swiglu_box(uint32_t h, uint32_t gate, uint32_t up) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = i * 4 + (lane >> 3), at = row * 128 + (((lane & 7) ^ (row & 7)) << 4);
+    uint32_t g[4], u[4];
+    load_four(g, gate + at), load_four(u, up + at);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const float2 x = unpack_bf16(g[e]), y = unpack_bf16(u[e]);
+      g[e] = pack_bf16(swiglu<bf16>(x.x, y.x), swiglu<bf16>(x.y, y.y));
+    }
+    store_four(h + at, g);
+  }
+}
+
+/* SWIGLU, by one of the finishers: h of its share of the tile's pieces, 16 rows by 64 columns. boxes: its own two, of which `turn` says the next; tiles:
+ * the multipliers' boxes; handed, taken: the first of MULTIPLIER_WARPS barriers each, one of a multiplier's warp. */
+__device__ __forceinline__ void finish_swiglu(const Product &p, const Tile &tile, int finisher, uint32_t boxes, int &turn, uint32_t tiles, uint32_t handed,
+                                              uint32_t taken, uint32_t phase, const CUtensorMap *map_h) {
+  for (int piece = finisher; piece < 2 * MULTIPLIER_WARPS; piece += FINISHER_WARPS) {
+    const int warp = piece >> 1, column = tile.n0 + (piece & 1) * 64;
+    const int64_t row0 = tile.m0 + warp * 16;
+    const uint32_t gate = tiles + (warp * boxes_of(SWIGLU) + (piece & 1)) * BOX_BYTES, h = next_box(boxes, turn++);
+    barrier_wait(handed + 8 * warp, phase);
+    swiglu_box(h, gate, gate + 2 * BOX_BYTES);
+    barrier_arrive(taken + 8 * warp);
+    take_away(map_h, (bf16 *)p.h_out, p.n, h, row0, rows_inside(tile, row0), column, (int)p.n - column, 0);
   }
 }
 

@@ -1,6 +1,6 @@
 /**
  * What can be said of the run machine's activities without knowing its rules: who holds them, which jobs they are, what they are
- * called, and which of them a job found in Redis is. PURE. Called by run-machine.ts.
+ * called, and which of them a job found in Redis is. PURE. Called by the layers of the run machine.
  */
 import { parseMessage } from '../config/messages.ts';
 import type { Activity, Holder, JobAddress, NewJob, RunState } from './run-state.ts';

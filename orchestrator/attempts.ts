@@ -1,6 +1,6 @@
 /**
  * The attempts of a run as its record tells them: begun, ended, and a record made ready for another. PURE: no IO, no clock.
- * Called by run-machine.ts and driver.ts (begin, end) and client.ts (retry).
+ * Called by run-machine.ts, machine-decisions.ts and driver.ts (begin, end) and client.ts (retry).
  */
 import type { ErrorRecord } from '../config/errors.ts';
 import type { RunAttempt, RunPhase, RunRecord } from '../config/messages.ts';

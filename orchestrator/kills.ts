@@ -1,8 +1,8 @@
 /**
  * Jobs that end their worker's process: a native crash, a hung call, the system's memory killer. Whatever the cause, the same work
  * given to the next process may end that one too, for ever; so deaths are counted by the work that was in hand, and a run whose
- * work killed too often fails with the evidence. PURE. Called by run-machine.ts; the evidence comes from the supervisor of the
- * dead process, by way of its successor's record (WorkerRecord.lastExit).
+ * work killed too often fails with the evidence. PURE. Called by run-machine.ts and machine-counting.ts; the evidence comes from the
+ * supervisor of the dead process, by way of its successor's record (WorkerRecord.lastExit).
  *
  * Work is named by what stays the same when it is planned anew: `steps` by the step at hand, the others by their step (and shard).
  * A death counts once, by the incarnation that tells of it. It is forgiven when the work, or later work of its kind, is done.

@@ -1,7 +1,7 @@
 /**
  * When a loss has risen too far, and to which version the run then goes back: arithmetic on the reports as they are counted, so that
  * every orchestrator, also one that takes the run over and reads them from metrics.jsonl, decides the same. PURE: no IO, no clock.
- * Called by run-machine.ts and metrics.ts; what a rollback changes is in config/branches.ts.
+ * Called by the run machine (machine-counting.ts, machine-decisions.ts) and metrics.ts; what a rollback changes is in config/branches.ts.
  *
  *   above       loss > lossSpike.factor * median of the last `window` losses that were not above; nothing is, before there are so many
  *   spike       `patience` steps in a row are above

@@ -1,6 +1,7 @@
 /**
- * The draft of a run's next state, and the small verbs by which the rules of run-machine.ts change it: each keeps what must hold
- * together (an epoch and its control, a job and its activity, a fault and its count, a phase and its event) and decides nothing. PURE.
+ * The lowest layer of the run machine: a draft of the next state, and the small verbs by which the layers above it (run-machine.ts
+ * lists them) change it: each keeps what must hold together (an epoch and its control, a job and its activity, a fault and its
+ * count, a phase and its event) and decides nothing. PURE.
  */
 import { branchOf, checkpointName } from '../config/branches.ts';
 import type { ErrorRecord } from '../config/errors.ts';

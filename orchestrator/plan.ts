@@ -1,6 +1,6 @@
 /**
  * The decisions of a run that are arithmetic: how steps are shared and by whom, where a job must end, which checkpoints
- * stay. PURE: no IO, no clock; run-machine.ts calls it at step boundaries. It knows nothing of jobs, queues or Redis.
+ * stay. PURE: no IO, no clock; machine-decisions.ts calls it at step boundaries. It knows nothing of jobs, queues or Redis.
  */
 import { parameterCount } from '../config/presets.ts';
 import type { RunSpec } from '../config/run-spec.ts';

@@ -1,6 +1,6 @@
 /**
  * What a rollback changes in the state of a run, and what it is called. PURE: no IO, no clock. When one is due is loss-spike.ts's to
- * say, and run-machine.ts, the only caller, has it done; config/branches.ts tells what a branch is.
+ * say, and machine-counting.ts has it done; config/branches.ts tells what a branch is.
  */
 import { branchOf, survives } from '../config/branches.ts';
 import type { ErrorRecord } from '../config/errors.ts';

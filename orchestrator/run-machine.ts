@@ -1,7 +1,12 @@
 /**
  * The run machine: from what is known and what is heard to what is known and what is to be done. PURE: no IO, no clock,
  * no random source; time comes in through events. It decides everything about one run; driver.ts does what it asks and
- * test/sim holds it to its promises. The words are in run-state.ts, the arithmetic in plan.ts.
+ * test/sim holds it to its promises. The words are in run-state.ts. Its layers, each of which calls only those below it:
+ *
+ *   run-machine.ts         what each event means: workers, results, failures, wishes, a run that is taken up
+ *   machine-counting.ts    what counts: each step once, in order; and when the loss rose too far, the way back
+ *   machine-decisions.ts   what is done next when nothing is under way; giving up, failing, the end
+ *   machine-draft.ts       the small verbs that change the state
  *
  *   phase      event                       next       what is done
  *   queued     ready                       running    decide
@@ -16,44 +21,24 @@
  *   paused     resume                      running    epoch + 1, decide
  *   any of them  cancel                    cancelled  epoch + 1, Control `stop`, finish
  *
- * `decide`, when nothing is under way (the activity is null), takes the first of these that applies:
- *   1. pausing: a checkpoint if `version` is only at home; else paused.        5. version 0, N, 2N, ...: eval.
- *   2. no fitting worker: wait, and say why.                                   6. several replicas: compare digests.
- *      A worker that is another run's to use (share.ts) fits no more: a local job there is asked to yield.
- *   3. workers not yet claimed: claim them.                                    7. the last version: weights digest, then completed.
- *   4. the way leaves home, or a checkpoint is due: checkpoint at home;        8. local: a `steps` job; several workers: a flow.
- *      home is lost: fall back to the newest version anybody can reach.
- *
- * A checkpoint is the activity until its state is copied; then it moves to `saving`, and the next thing is decided while its files
- * are written. Whatever needs it complete waits for it: another checkpoint, leaving home, a pause, the end, and a log that is full.
- *
- * Exactly once: a report is appended when it is that of step + 1, and no other way. Jobs carry the epoch in id and payload;
- * only those of the activity at hand are listened to, and giving up on an activity raises the epoch.
- *
- * Rollbacks (loss-spike.ts) depend on the counted reports alone, and are decided as they are counted: who takes the run over and finds
- * a spike that nobody acted upon does what was left undone. The branch that is given up has names of its own for all that it left.
+ * The fence: jobs carry the epoch in id and payload; only those of the activity at hand are listened to, and giving up on an
+ * activity raises the epoch.
  */
 import { branchOf } from '../config/branches.ts';
 import type { ErrorRecord } from '../config/errors.ts';
 import { ERROR_KINDS } from '../config/errors.ts';
 import { parseMessage, parseResult, results, TERMINAL_PHASES } from '../config/messages.ts';
-import type { Result, Rollback, StepReport } from '../config/messages.ts';
-import { tokensPerStep } from '../config/run-spec.ts';
+import type { Result } from '../config/messages.ts';
 import { adoptable, holdersOf, jobsOf, nameOf } from './activities.ts';
 import type { Of } from './activities.ts';
-import { beginAttempt, endAttempt, spend, timeLimit } from './attempts.ts';
+import { beginAttempt, spend, timeLimit } from './attempts.ts';
 import { fatalJob, forgive, killOf, tooMany } from './kills.ts';
-import { oldestTarget, spikeOf, watchLoss } from './loss-spike.ts';
-import type { Spike } from './loss-spike.ts';
-import { MachineDraft, SMOOTHING } from './machine-draft.ts';
-import { checkpointDue, checkpointsToDelete, chooseWay, comparisonDue, evalDue } from './plan.ts';
-import type { Way, WorkerView } from './plan.ts';
-import { isAbandoned, listed, rollbacksIn, rolledBack, spikeError, standsAtVersion } from './rollback.ts';
+import { MachineCounting } from './machine-counting.ts';
+import { backoff } from './machine-decisions.ts';
+import type { WorkerView } from './plan.ts';
+import { rollbacksIn, standsAtVersion } from './rollback.ts';
 import { parseJobId } from './run-state.ts';
 import type { Activity, Effect, Holder, JobAddress, MachineEvent, RunState, Saving, StepSource } from './run-state.ts';
-
-/** Steps whose shard digests are remembered, for late reports. */
-const DIGESTS_KEPT = 4;
 
 /** Incarnations of workers remembered for having told of a death. */
 const TOLD_KEPT = 256;
@@ -68,25 +53,7 @@ export function step(state: RunState, event: MachineEvent): { readonly state: Ru
 }
 
 /** One application of an event: a draft of the next state, and the effects so far. Lives for one call of `step`. */
-class Machine extends MachineDraft {
-  /** Time between two events belongs to the phase that the first left behind; time without an orchestrator to none. */
-  passTime(): void {
-    const { state, atMs } = this;
-    const spentMs = state.clockMs === null ? 0 : Math.max(0, atMs - state.clockMs);
-    state.clockMs = atMs;
-    if (state.phase !== 'running' || spentMs === 0) return;
-    state.shown = { ...state.shown, ...spend(state.shown, spentMs) };
-    this.limitTime(state.shown.attempts.at(-1)?.runningMs ?? 0);
-  }
-
-  /** The attempt has used up its time: it ends at the next step boundary, unless all that is left is to finish. */
-  private limitTime(runningMs: number): void {
-    const { state } = this;
-    if (state.ending !== null || !state.ready || state.version >= state.settings.spec.steps) return;
-    state.ending = timeLimit(state.settings.spec, runningMs);
-    if (state.ending !== null && state.activity?.kind === 'steps' && state.command === 'run') this.control('yield');
-  }
-
+class Machine extends MachineCounting {
   hear(event: MachineEvent): void {
     switch (event.type) {
       case 'workers':
@@ -108,7 +75,102 @@ class Machine extends MachineDraft {
     }
   }
 
-  // --- What is heard ------------------------------------------------------------------------------------------------
+  // --- Time, and the user's wishes -----------------------------------------------------------------------------------
+
+  /** Time between two events belongs to the phase that the first left behind; time without an orchestrator to none. */
+  passTime(): void {
+    const { state, atMs } = this;
+    const spentMs = state.clockMs === null ? 0 : Math.max(0, atMs - state.clockMs);
+    state.clockMs = atMs;
+    if (state.phase !== 'running' || spentMs === 0) return;
+    state.shown = { ...state.shown, ...spend(state.shown, spentMs) };
+    this.limitTime(state.shown.attempts.at(-1)?.runningMs ?? 0);
+  }
+
+  /** The attempt has used up its time: it ends at the next step boundary, unless all that is left is to finish. */
+  private limitTime(runningMs: number): void {
+    const { state } = this;
+    if (state.ending !== null || !state.ready || state.version >= state.settings.spec.steps) return;
+    state.ending = timeLimit(state.settings.spec, runningMs);
+    if (state.ending !== null && state.activity?.kind === 'steps' && state.command === 'run') this.control('yield');
+  }
+
+  private tick(): void {
+    const state = this.state;
+    if (!state.ready) return;
+    const silentMs = this.atMs - state.lastNewsMs;
+    const jobs = jobsOf(this.state.activity);
+    if (jobs.length > 0 && silentMs >= state.settings.lookupMs) this.effects.push({ type: 'lookup', jobs });
+    if (state.saving !== null && this.atMs - state.saving.checkedAtMs >= state.settings.lookupMs) {
+      state.saving = { ...state.saving, checkedAtMs: this.atMs };
+      this.effects.push({ type: 'lookup', jobs: [state.saving.job] });
+    }
+    if (state.phase === 'running' && silentMs >= state.settings.jobTimeoutMs && !state.silenceRecorded) {
+      state.silenceRecorded = true;
+      const seconds = Math.round(silentMs / 1000);
+      const waiting = state.activity === null && state.way?.workers.length === 0;
+      this.fault(waiting ? 'no worker' : nameOf(this.state), waiting
+        ? { code: 'NO_WORKER', message: `${state.way!.reason}, for ${seconds} s; the run goes on when one comes`, context: {} }
+        : { code: 'TIMEOUT', message: `nothing was heard of ${nameOf(this.state)} for ${seconds} s; the run waits on`, context: {} });
+    }
+    this.decide();
+  }
+
+  private hearWish(wish: 'pause' | 'resume' | 'cancel'): void {
+    const state = this.state;
+    if (wish === 'cancel') return this.finish('cancelled', null);
+    if (wish === 'resume') {
+      if (state.phase === 'paused') {
+        this.raiseEpoch();
+        state.replans = 0;
+      } else if (state.phase !== 'pausing') return;
+      this.enter('running');
+      return this.decide();
+    }
+    if (state.phase !== 'running') return;
+    this.enter('pausing');
+    if (state.activity?.kind === 'flow') this.giveUp();
+    if (state.activity?.kind === 'steps') this.control('stop');
+    this.decide();
+  }
+
+  // --- Taking a run up -----------------------------------------------------------------------------------------------
+
+  /**
+   * A job of the current epoch from before this orchestrator: it becomes the activity, as if it had just been added. What has
+   * not ended and cannot be taken up is given up: a flow, since nobody knows which of its workers still live (what it published
+   * is found again), a comparison of digests, and what does not fit the version.
+   */
+  private adopt({ job, data, processedAtMs, finished, progress, related }: Extract<MachineEvent, { type: 'adopt' }>): void {
+    const { state } = this;
+    const parts = parseJobId(job.id);
+    this.rollBackIfDue();
+    if (this.over() || parts === null || parts.run !== state.settings.run || parts.name === 'shard') return;
+    // A worker that started after the job was taken is not the one that took it.
+    const view = state.workers.find((worker) => worker.id === job.worker);
+    const gone = view === undefined || (processedAtMs !== null && view.startedAtMs > processedAtMs);
+    const holder = { id: job.worker ?? '', incarnation: gone ? '' : view.incarnation };
+    if (parts.name === 'checkpoint') state.saves = Math.max(state.saves, parts.part + 1);
+    if (parts.name === 'checkpoint' && !finished && results.checkpointProgress.safeParse(progress).success) return this.adoptSaving(job, data, holder);
+    if (parts.epoch !== state.epoch) return;
+    const ofBranch = rollbacksIn(data) === state.rollbacks.length;
+    const activity = ofBranch ? adoptable(state, parts.name, job, data, holder, related) : null;
+    if (activity !== null && (finished || activity.kind !== 'flow')) {
+      state.activity = activity;
+      if (activity.kind === 'steps') state.version = activity.fromStep;
+    } else if (!finished || !ofBranch) {
+      this.effects.push({ type: 'remove', jobs: [job, ...related] });
+      this.giveUp();
+    }
+  }
+
+  /** A checkpoint that was copied goes on whatever its epoch. One that the run knows as complete, or not as its own, is left to end. */
+  private adoptSaving(job: JobAddress, data: unknown, holder: Holder): void {
+    const { step: at, directory, rollbacks } = parseMessage('checkpoint', data);
+    const { saving, checkpoints, step: counted } = this.state;
+    if (at > counted || branchOf(rollbacks, at) !== this.branchAt(at) || at <= Math.max(checkpoints.at(-1)?.step ?? 0, saving?.step ?? 0)) return;
+    this.state.saving = { job, holder, step: at, directory, unwanted: false, checkedAtMs: this.atMs };
+  }
 
   private begin(): void {
     const state = this.state;
@@ -131,6 +193,24 @@ class Machine extends MachineDraft {
     this.rollBackIfDue();
     if (!this.over()) this.hearWorkers(state.workers);
   }
+
+  /** Control, claims and jobs may be older than we know. A new epoch makes whatever came back of them void. */
+  private hearRestarted(): void {
+    const state = this.state;
+    if (!state.ready) return;
+    const message = 'Redis was started anew and may have lost its last writes; what was under way is planned again';
+    this.fault('Redis', { code: 'REDIS_LOST', message, context: {} });
+    state.claims = state.workers.filter((worker) => worker.heldBy === state.settings.run).map((worker) => worker.id);
+    // A worker that nobody knows to be ours may be another run's by now.
+    if (state.home !== null && !state.claims.includes(state.home.id)) state.home = null;
+    // Its job may have come back as one that nobody does.
+    if (state.saving !== null) this.effects.push({ type: 'remove', jobs: [state.saving.job] });
+    state.saving = null;
+    this.giveUp();
+    this.decide();
+  }
+
+  // --- Workers come, die, and are told apart -------------------------------------------------------------------------
 
   private hearWorkers(workers: readonly WorkerView[]): void {
     const state = this.state;
@@ -204,6 +284,8 @@ class Machine extends MachineDraft {
     this.hearWorkers(workers);
   }
 
+  // --- Results of jobs -----------------------------------------------------------------------------------------------
+
   private hearProgress(id: string, data: unknown): void {
     const { activity } = this.state;
     if (activity?.kind === 'checkpoint' && activity.job.id === id) return this.guarded(`progress of ${id}`, () => this.checkpointCopied(activity, data));
@@ -232,6 +314,17 @@ class Machine extends MachineDraft {
     }
   }
 
+  /** Runs `body`; a message that is not of the protocol's form fails the run, naming it. */
+  private guarded(what: string, body: () => void): void {
+    try {
+      body();
+    } catch (error) {
+      const { code, message } = error as { code?: unknown; message: string };
+      if (code !== 'MESSAGE_INVALID') throw error;
+      this.badResult(`${what}: ${message}`);
+    }
+  }
+
   private stepsCompleted(activity: Of<'steps'>, result: Result<'steps'>): void {
     const { settings } = this.state;
     for (const report of result.reports) {
@@ -250,38 +343,6 @@ class Machine extends MachineDraft {
     this.decide();
   }
 
-  /** Any shard's report, of whatever epoch: it counts for nothing but the comparison of digests and the timings. */
-  private noteShard(id: string, value: unknown): void {
-    const parts = parseJobId(id);
-    if (parts?.name !== 'shard' || parts.run !== this.state.settings.run) return;
-    const current = parts.epoch === this.state.epoch;
-    const read = results.shard.safeParse(value);
-    if (!read.success) return current ? this.badResult(`result of ${id}: ${read.error.issues[0]!.message}`) : undefined;
-    const result = read.data;
-    if (current) this.state.lastNewsMs = this.atMs;
-    this.measureCompute(result.timings.computeMs);
-    this.measureExchange(result.bytes, result.timings.exchangeMs);
-    if (isAbandoned(this.state.rollbacks, result.step, result.epoch)) return;
-    const known = this.state.digests.get(result.step)?.get(result.shard);
-    if (known?.digest !== result.digest || known.worker !== result.worker) {
-      const { step: at, shard, worker, epoch, digest } = result;
-      this.note({ type: 'shard', step: at, shard, worker, reportEpoch: epoch, digest });
-    }
-    if (known === undefined) {
-      if (result.step <= this.state.step - DIGESTS_KEPT) return;
-      const ofStep = new Map(this.state.digests.get(result.step)).set(result.shard, { digest: result.digest, worker: result.worker });
-      const kept = [...this.state.digests].filter(([at]) => at > this.state.step - DIGESTS_KEPT && at !== result.step);
-      this.state.digests = new Map([...kept, [result.step, ofStep]]);
-      return;
-    }
-    if (known.digest === result.digest) return;
-    this.fault(`shard ${result.shard} of step ${result.step}`, {
-      code: 'REPLICA_DIVERGED',
-      message: `two gradients of one shard differ: ${known.worker} computed ${known.digest}, ${result.worker} computed ${result.digest}; one of them has a fault in memory or hardware`,
-      context: { step: result.step, shard: result.shard, first: known.worker, second: result.worker },
-    });
-  }
-
   private flowCompleted(activity: Of<'flow'>, result: Result<'reduce'>): void {
     if (result.report.step !== activity.step) return this.badResult(`${activity.parent.id} tells of step ${result.report.step}`);
     this.measureExchange(result.bytes * (activity.children.length + 1), result.timings.exchangeMs);
@@ -292,74 +353,6 @@ class Machine extends MachineDraft {
     if (this.state.activity !== activity) return;
     this.idle();
     this.decide();
-  }
-
-  private checkpointCopied(activity: Of<'checkpoint'>, data: unknown): void {
-    const { step: at } = parseResult('checkpointProgress', data);
-    if (at !== activity.step) return this.badResult(`${activity.job.id} tells of step ${at}`);
-    const { job, holder, step: version, directory } = activity;
-    this.idle();
-    this.state.saving = { job, holder, step: version, directory, unwanted: false, checkedAtMs: this.atMs };
-    this.decide();
-  }
-
-  private checkpointCompleted(activity: Of<'checkpoint'>, result: Result<'checkpoint'>): void {
-    if (result.step !== activity.step) return this.badResult(`${activity.job.id} tells of step ${result.step}`);
-    this.idle();
-    this.complete(activity, result.worker);
-  }
-
-  private saved(saving: Saving, result: Result<'checkpoint'>): void {
-    if (result.step !== saving.step) return this.badResult(`${saving.job.id} tells of step ${result.step}`);
-    this.state.saving = null;
-    if (this.state.activity === null) this.state.lastNewsMs = this.atMs;
-    if (!saving.unwanted) return this.complete(saving, result.worker);
-    this.effects.push({ type: 'deleteCheckpoints', directories: [saving.directory] });
-    this.decide();
-  }
-
-  /** A checkpoint is complete on the disk: from here on the run may rest on it. */
-  private complete({ step: at, directory }: RunState['checkpoints'][number], worker: string): void {
-    const state = this.state;
-    state.replans = 0;
-    state.saveFailures = 0;
-    state.kills = forgive(state.kills, ['checkpoint'], at);
-    state.checkpoints = [...state.checkpoints.filter((each) => each.step !== at), { directory, step: at }].sort((a, b) => a.step - b.step);
-    state.sharedVersion = Math.max(state.sharedVersion, at);
-    this.note({ type: 'checkpoint', step: at, worker });
-    this.publish({ type: 'checkpoint', step: at, directory, atMs: this.atMs });
-    this.decide();
-  }
-
-  /** Between two activities, when no job rests on them: deletes old checkpoints, and the reduced gradients that the newest covers. */
-  private tidy(): void {
-    const state = this.state;
-    const { spec } = state.settings;
-    const old = checkpointsToDelete(spec, state.checkpoints, oldestTarget(spec, state.lossWatch, state.step));
-    if (old.length > 0) {
-      state.checkpoints = state.checkpoints.filter((each) => !old.includes(each));
-      this.effects.push({ type: 'deleteCheckpoints', directories: old.map(({ directory }) => directory) });
-    }
-    const newest = state.checkpoints.at(-1)?.step ?? 0;
-    if (newest <= state.trimmedThrough) return;
-    this.effects.push({ type: 'trim', from: state.trimmedThrough, through: newest, ...listed(state.rollbacks) });
-    state.trimmedThrough = newest;
-  }
-
-  /**
-   * A checkpoint was not written to its end. What else is under way is not disturbed; the version is kept by the checkpoint of the
-   * next boundary, or at once if the run still stands where this one was due.
-   */
-  private savingFailed(saving: Saving, error: ErrorRecord): void {
-    const { settings } = this.state;
-    this.state.saving = null;
-    this.fault(`checkpoint of step ${saving.step} (${saving.job.id})`, error);
-    this.effects.push({ type: 'remove', jobs: [saving.job] });
-    if (isFatal(error)) return this.fail(error);
-    if (error.code === 'DISK_FULL') return this.pauseOnFullDisk();
-    const failures = ++this.state.saveFailures;
-    if (failures > settings.maxReplans) return this.fail({ ...error, message: `${failures} checkpoints in a row failed; the last failure: ${error.message}` });
-    if (failures > 1) this.state.saveNotBeforeMs = this.atMs + backoff(settings, failures);
   }
 
   private evalCompleted(activity: Of<'eval'>, result: Result<'eval'>): void {
@@ -427,6 +420,63 @@ class Machine extends MachineDraft {
     this.replan({ code: 'REPLICA_DIVERGED', message: 'replicas differ and no majority says which is right', context: {} });
   }
 
+  // --- Checkpoints ---------------------------------------------------------------------------------------------------
+
+  private checkpointCopied(activity: Of<'checkpoint'>, data: unknown): void {
+    const { step: at } = parseResult('checkpointProgress', data);
+    if (at !== activity.step) return this.badResult(`${activity.job.id} tells of step ${at}`);
+    const { job, holder, step: version, directory } = activity;
+    this.idle();
+    this.state.saving = { job, holder, step: version, directory, unwanted: false, checkedAtMs: this.atMs };
+    this.decide();
+  }
+
+  private checkpointCompleted(activity: Of<'checkpoint'>, result: Result<'checkpoint'>): void {
+    if (result.step !== activity.step) return this.badResult(`${activity.job.id} tells of step ${result.step}`);
+    this.idle();
+    this.complete(activity, result.worker);
+  }
+
+  private saved(saving: Saving, result: Result<'checkpoint'>): void {
+    if (result.step !== saving.step) return this.badResult(`${saving.job.id} tells of step ${result.step}`);
+    this.state.saving = null;
+    if (this.state.activity === null) this.state.lastNewsMs = this.atMs;
+    if (!saving.unwanted) return this.complete(saving, result.worker);
+    this.effects.push({ type: 'deleteCheckpoints', directories: [saving.directory] });
+    this.decide();
+  }
+
+  /** A checkpoint is complete on the disk: from here on the run may rest on it. */
+  private complete({ step: at, directory }: RunState['checkpoints'][number], worker: string): void {
+    const state = this.state;
+    state.replans = 0;
+    state.saveFailures = 0;
+    state.kills = forgive(state.kills, ['checkpoint'], at);
+    state.checkpoints = [...state.checkpoints.filter((each) => each.step !== at), { directory, step: at }].sort((a, b) => a.step - b.step);
+    state.sharedVersion = Math.max(state.sharedVersion, at);
+    this.note({ type: 'checkpoint', step: at, worker });
+    this.publish({ type: 'checkpoint', step: at, directory, atMs: this.atMs });
+    this.decide();
+  }
+
+  /**
+   * A checkpoint was not written to its end. What else is under way is not disturbed; the version is kept by the checkpoint of the
+   * next boundary, or at once if the run still stands where this one was due.
+   */
+  private savingFailed(saving: Saving, error: ErrorRecord): void {
+    const { settings } = this.state;
+    this.state.saving = null;
+    this.fault(`checkpoint of step ${saving.step} (${saving.job.id})`, error);
+    this.effects.push({ type: 'remove', jobs: [saving.job] });
+    if (isFatal(error)) return this.fail(error);
+    if (error.code === 'DISK_FULL') return this.pauseOnFullDisk();
+    const failures = ++this.state.saveFailures;
+    if (failures > settings.maxReplans) return this.fail({ ...error, message: `${failures} checkpoints in a row failed; the last failure: ${error.message}` });
+    if (failures > 1) this.state.saveNotBeforeMs = this.atMs + backoff(settings, failures);
+  }
+
+  // --- Failures of jobs ----------------------------------------------------------------------------------------------
+
   private hearFailed(id: string, error: ErrorRecord): void {
     const { activity, phase, saving } = this.state;
     if (saving?.job.id === id) {
@@ -488,411 +538,8 @@ class Machine extends MachineDraft {
     state.sharedVersion = state.checkpoints.at(-1)?.step ?? 0;
     this.replan({ code: 'CHECKPOINT_INVALID', message: 'a checkpoint is damaged; the one before is used', context: {} });
   }
-
-  /** Control, claims and jobs may be older than we know. A new epoch makes whatever came back of them void. */
-  private hearRestarted(): void {
-    const state = this.state;
-    if (!state.ready) return;
-    const message = 'Redis was started anew and may have lost its last writes; what was under way is planned again';
-    this.fault('Redis', { code: 'REDIS_LOST', message, context: {} });
-    state.claims = state.workers.filter((worker) => worker.heldBy === state.settings.run).map((worker) => worker.id);
-    // A worker that nobody knows to be ours may be another run's by now.
-    if (state.home !== null && !state.claims.includes(state.home.id)) state.home = null;
-    // Its job may have come back as one that nobody does.
-    if (state.saving !== null) this.effects.push({ type: 'remove', jobs: [state.saving.job] });
-    state.saving = null;
-    this.giveUp();
-    this.decide();
-  }
-
-  private hearWish(wish: 'pause' | 'resume' | 'cancel'): void {
-    const state = this.state;
-    if (wish === 'cancel') return this.finish('cancelled', null);
-    if (wish === 'resume') {
-      if (state.phase === 'paused') {
-        this.raiseEpoch();
-        state.replans = 0;
-      } else if (state.phase !== 'pausing') return;
-      this.enter('running');
-      return this.decide();
-    }
-    if (state.phase !== 'running') return;
-    this.enter('pausing');
-    if (state.activity?.kind === 'flow') this.giveUp();
-    if (state.activity?.kind === 'steps') this.control('stop');
-    this.decide();
-  }
-
-  private tick(): void {
-    const state = this.state;
-    if (!state.ready) return;
-    const silentMs = this.atMs - state.lastNewsMs;
-    const jobs = jobsOf(this.state.activity);
-    if (jobs.length > 0 && silentMs >= state.settings.lookupMs) this.effects.push({ type: 'lookup', jobs });
-    if (state.saving !== null && this.atMs - state.saving.checkedAtMs >= state.settings.lookupMs) {
-      state.saving = { ...state.saving, checkedAtMs: this.atMs };
-      this.effects.push({ type: 'lookup', jobs: [state.saving.job] });
-    }
-    if (state.phase === 'running' && silentMs >= state.settings.jobTimeoutMs && !state.silenceRecorded) {
-      state.silenceRecorded = true;
-      const seconds = Math.round(silentMs / 1000);
-      const waiting = state.activity === null && state.way?.workers.length === 0;
-      this.fault(waiting ? 'no worker' : nameOf(this.state), waiting
-        ? { code: 'NO_WORKER', message: `${state.way!.reason}, for ${seconds} s; the run goes on when one comes`, context: {} }
-        : { code: 'TIMEOUT', message: `nothing was heard of ${nameOf(this.state)} for ${seconds} s; the run waits on`, context: {} });
-    }
-    this.decide();
-  }
-
-  /**
-   * A job of the current epoch from before this orchestrator: it becomes the activity, as if it had just been added. What has
-   * not ended and cannot be taken up is given up: a flow, since nobody knows which of its workers still live (what it published
-   * is found again), a comparison of digests, and what does not fit the version.
-   */
-  private adopt({ job, data, processedAtMs, finished, progress, related }: Extract<MachineEvent, { type: 'adopt' }>): void {
-    const { state } = this;
-    const parts = parseJobId(job.id);
-    this.rollBackIfDue();
-    if (this.over() || parts === null || parts.run !== state.settings.run || parts.name === 'shard') return;
-    // A worker that started after the job was taken is not the one that took it.
-    const view = state.workers.find((worker) => worker.id === job.worker);
-    const gone = view === undefined || (processedAtMs !== null && view.startedAtMs > processedAtMs);
-    const holder = { id: job.worker ?? '', incarnation: gone ? '' : view.incarnation };
-    if (parts.name === 'checkpoint') state.saves = Math.max(state.saves, parts.part + 1);
-    if (parts.name === 'checkpoint' && !finished && results.checkpointProgress.safeParse(progress).success) return this.adoptSaving(job, data, holder);
-    if (parts.epoch !== state.epoch) return;
-    const ofBranch = rollbacksIn(data) === state.rollbacks.length;
-    const activity = ofBranch ? adoptable(state, parts.name, job, data, holder, related) : null;
-    if (activity !== null && (finished || activity.kind !== 'flow')) {
-      state.activity = activity;
-      if (activity.kind === 'steps') state.version = activity.fromStep;
-    } else if (!finished || !ofBranch) {
-      this.effects.push({ type: 'remove', jobs: [job, ...related] });
-      this.giveUp();
-    }
-  }
-
-  /** A checkpoint that was copied goes on whatever its epoch. One that the run knows as complete, or not as its own, is left to end. */
-  private adoptSaving(job: JobAddress, data: unknown, holder: Holder): void {
-    const { step: at, directory, rollbacks } = parseMessage('checkpoint', data);
-    const { saving, checkpoints, step: counted } = this.state;
-    if (at > counted || branchOf(rollbacks, at) !== this.branchAt(at) || at <= Math.max(checkpoints.at(-1)?.step ?? 0, saving?.step ?? 0)) return;
-    this.state.saving = { job, holder, step: at, directory, unwanted: false, checkedAtMs: this.atMs };
-  }
-
-  // --- What is decided ----------------------------------------------------------------------------------------------
-
-  private decide(): void {
-    const state = this.state;
-    if (this.over() || !state.ready || state.activity !== null || this.atMs < state.notBeforeMs) return;
-    this.tidy();
-    if (state.phase === 'pausing') return this.decidePausing();
-    if (state.phase !== 'running') return;
-    this.catchUp();
-    if (this.targetIsBeingWritten()) return;
-    if (state.ending !== null) return this.decideEnding(state.ending);
-    const way = this.wanted();
-    this.setWay(way);
-    if (!this.standOnGround(way)) return;
-    if (way.workers.length === 0) return this.release([]);
-    const unclaimed = way.workers.filter((id) => !state.claims.includes(id));
-    if (unclaimed.length > 0) {
-      state.activity = { kind: 'claim', workers: unclaimed };
-      this.effects.push({ type: 'claim', workers: unclaimed });
-      return;
-    }
-    this.release(way.workers);
-    const { spec } = state.settings;
-    const { version } = state;
-    const at = this.holderOf(state.home !== null && way.workers.includes(state.home.id) ? state.home.id : way.workers[0]!);
-    if (!this.mayGoOn(way, at)) return;
-    if (evalDue(spec, version) && version > state.lastEvalStep) return this.addEval(at);
-    if (way.exchange === 'redis' && comparisonDue(spec, version) && version > state.lastComparisonStep && version < spec.steps) {
-      return this.addDigests(way.workers.map((id) => this.holderOf(id)), false);
-    }
-    if (version >= spec.steps) return state.saving === null ? this.addDigests([at], true) : undefined;
-    if (way.exchange === 'local') this.addSteps(at);
-    else this.addFlow(way);
-  }
-
-  /** A checkpoint that was written while the run had fallen back saves computing the steps up to it again. */
-  private catchUp(): void {
-    const state = this.state;
-    const newest = state.checkpoints.at(-1)?.step ?? 0;
-    if (newest <= state.version) return;
-    state.version = newest;
-    state.home = null;
-  }
-
-  /** The version that the run was rolled back to is sooner on the disk than it is computed again. */
-  private targetIsBeingWritten(): boolean {
-    const { saving, version, rollbacks } = this.state;
-    return saving !== null && !saving.unwanted && saving.step > version && saving.step === rollbacks.at(-1)?.toStep;
-  }
-
-  /** Whether nothing is to be checkpointed before the next thing: else a checkpoint is begun, or the one being written is waited for. */
-  private mayGoOn(way: Way, at: Holder): boolean {
-    const { settings: { spec, logSteps }, version, saving, diskFull, checkpoints } = this.state;
-    const newest = checkpoints.at(-1)?.step ?? 0;
-    if (version <= newest) {
-      this.state.diskFull = false;
-      return true;
-    }
-    const written = saving !== null && saving.step === version && !saving.unwanted;
-    const logged = way.exchange === 'redis' ? version - newest : 0;
-    // Begun when some room is left, so that the steps go on in it while the files are written.
-    const overflow = logged >= logSteps - Math.floor(logSteps / 4) && (saving === null || logged >= logSteps);
-    if (written) return logged < logSteps;
-    if (!checkpointDue(spec, version) && !overflow && !diskFull) return true;
-    if (saving === null) this.addCheckpoint(at);
-    return false;
-  }
-
-  /** `version` can be reached by the way's workers: else a checkpoint at home is begun (false), or the run falls back. */
-  private standOnGround(way: Way): boolean {
-    const state = this.state;
-    if (state.version <= state.sharedVersion) return true;
-    if (state.home === null) {
-      state.version = state.sharedVersion;
-      this.raiseEpoch();
-      return true;
-    }
-    if (way.exchange === 'local' && way.workers[0] === state.home.id) return true;
-    if (state.saving === null) this.addCheckpoint(state.home);
-    return false;
-  }
-
-  /** What was computed is kept if anybody has it; then the run fails. */
-  private decideEnding(error: ErrorRecord): void {
-    const { version, sharedVersion, checkpoints, claims, workers, saving } = this.state;
-    if (saving !== null) return;
-    const other = version <= sharedVersion ? workers.find((worker) => claims.includes(worker.id)) : undefined;
-    const at = this.ownHome() ?? other ?? null;
-    if (at !== null && version > (checkpoints.at(-1)?.step ?? 0)) return this.addCheckpoint({ id: at.id, incarnation: at.incarnation });
-    this.fail(error);
-  }
-
-  /** Home, unless it was released: then others can reach its version too. */
-  private ownHome(): Holder | null {
-    const { home, claims } = this.state;
-    return home !== null && claims.includes(home.id) ? home : null;
-  }
-
-  private decidePausing(): void {
-    const { version, checkpoints, saving, diskFull } = this.state;
-    const home = this.ownHome();
-    if (saving !== null) return;
-    // Nothing is released: the version lies nowhere but in its worker, and `resume` tries a checkpoint again there.
-    if (diskFull) return this.enter('paused');
-    if (home !== null && version > (checkpoints.at(-1)?.step ?? 0)) return this.addCheckpoint(home);
-    this.pauseNow();
-  }
-
-  /** At the step boundary: the step at hand is finished first. */
-  private pauseOnFullDisk(): void {
-    if (this.state.ending !== null) return this.fail(this.state.ending);
-    this.state.diskFull = true;
-    if (this.state.phase === 'running') this.enter('pausing');
-    if (this.state.activity?.kind === 'steps') this.control('yield');
-  }
-
-  private pauseNow(): void {
-    this.idle();
-    this.enter('paused');
-    this.state.home = null;
-    this.state.version = Math.min(this.state.version, this.state.sharedVersion);
-    this.release([]);
-  }
-
-  private wanted(): Way {
-    const { settings, workers, excluded, home, way, measurements, share } = this.state;
-    return chooseWay({ run: settings.run, spec: settings.spec, workers, excluded, home: home?.id ?? null, current: way, measurements, share });
-  }
-
-  private setWay(way: Way): void {
-    const before = this.state.way;
-    this.state.way = way;
-    if (before !== null && before.exchange === way.exchange && before.workers.length === way.workers.length && (way.workers.length > 0 || before.reason === way.reason)) return;
-    this.publish({ type: 'way', exchange: way.exchange, workers: way.workers.length, reason: way.reason, atMs: this.atMs });
-  }
-
-  // --- Giving up ----------------------------------------------------------------------------------------------------
-
-  /** The activity at hand is void from here on: no job of this epoch has effect any more. */
-  private giveUp(): void {
-    const jobs = jobsOf(this.state.activity);
-    this.leaveUnfinished();
-    this.idle();
-    this.state.command = this.state.phase === 'running' ? 'run' : 'stop';
-    this.raiseEpoch();
-    if (jobs.length > 0) this.effects.push({ type: 'remove', jobs });
-  }
-
-  /** A local job ended without its result: if reports are missing, its worker is ahead of what was counted. */
-  private leaveUnfinished(): void {
-    if (this.state.early.size > 0) {
-      this.state.early = new Map();
-      this.state.home = null;
-    }
-    if (this.state.version > this.state.step) this.state.version = this.state.sharedVersion;
-  }
-
-  private replan(error: ErrorRecord): void {
-    const { settings } = this.state;
-    this.giveUp();
-    const replans = ++this.state.replans;
-    if (replans > settings.maxReplans) {
-      const message = `no step succeeded in ${replans} plans in a row; the last failure: ${error.message}`;
-      return this.fail({ ...error, message });
-    }
-    if (replans > 1) this.state.notBeforeMs = this.atMs + backoff(settings, replans);
-    this.decide();
-  }
-
-  /** What the exchange holds is not believed any more: from the newest checkpoint on everything is computed again. */
-  private distrustLog(): void {
-    this.state.losses = 0;
-    this.state.home = null;
-    this.state.sharedVersion = this.state.checkpoints.at(-1)?.step ?? 0;
-    this.state.version = this.state.sharedVersion;
-  }
-
-  private fail(error: ErrorRecord): void {
-    this.finish('failed', error);
-  }
-
-  private finish(phase: 'completed' | 'failed' | 'cancelled', error: ErrorRecord | null): void {
-    const jobs = [...jobsOf(this.state.activity), ...(this.state.saving === null ? [] : [this.state.saving.job])];
-    const { shown, step } = this.state;
-    const attempts = endAttempt(shown.attempts, { phase, toStep: step, atMs: this.atMs, error });
-    this.state.shown = { ...shown, attempts, error, finishedAtMs: this.atMs };
-    if (phase !== 'completed') this.state.epoch++;
-    this.control('stop');
-    if (jobs.length > 0) this.effects.push({ type: 'remove', jobs });
-    this.state.activity = null;
-    this.state.saving = null;
-    this.release([]);
-    this.enter(phase);
-    this.effects.push({ type: 'finish' });
-  }
-
-  private badResult(message: string): void {
-    this.fail({ code: 'MESSAGE_INVALID', message, context: {} });
-  }
-
-  /** Runs `body`; a message that is not of the protocol's form fails the run, naming it. */
-  private guarded(what: string, body: () => void): void {
-    try {
-      body();
-    } catch (error) {
-      const { code, message } = error as { code?: unknown; message: string };
-      if (code !== 'MESSAGE_INVALID') throw error;
-      this.badResult(`${what}: ${message}`);
-    }
-  }
-
-  // --- Small things -------------------------------------------------------------------------------------------------
-
-  /** A replica on `holder` stands at `version`. */
-  private reach(version: number, holder: Holder): void {
-    if (version < this.state.version) return;
-    this.state.version = version;
-    // A worker of another run may have taken a job from the shared queue: its replica will not stay.
-    this.state.home = this.lives(holder) && this.state.claims.includes(holder.id) ? holder : null;
-    this.state.lastNewsMs = this.atMs;
-    this.state.silenceRecorded = false;
-  }
-
-  /** Appends the report if it is the next one, and those that waited for it; anything else changes nothing. */
-  private count(report: StepReport, source: StepSource): void {
-    const state = this.state;
-    if (report.step <= state.step) return void this.effects.push({ type: 'recount', report });
-    if (report.step > state.step + 1) {
-      state.early = new Map(state.early).set(report.step, { report, source });
-      return;
-    }
-    this.append(report, source);
-    for (let next = state.early.get(state.step + 1); next !== undefined && !this.over(); next = state.early.get(state.step + 1)) this.append(next.report, next.source);
-    if (state.early.size > 0) state.early = new Map([...state.early].filter(([at]) => at > state.step));
-  }
-
-  private append(report: StepReport, source: StepSource): void {
-    const state = this.state;
-    const { shown, settings } = state;
-    const elapsedMs = state.way?.exchange === 'redis' && state.lastStepAtMs !== null ? this.atMs - state.lastStepAtMs : report.milliseconds;
-    const now = (1000 * tokensPerStep(settings.spec)) / Math.max(elapsedMs, 1e-3);
-    const tokensPerSecond = shown.tokensPerSecond === null ? now : shown.tokensPerSecond + SMOOTHING * (now - shown.tokensPerSecond);
-    state.step = report.step;
-    state.lastStepAtMs = this.atMs;
-    state.replans = 0;
-    state.saveFailures = 0;
-    state.losses = 0;
-    state.notBeforeMs = 0;
-    state.kills = forgive(state.kills, ['steps', 'shard', 'reduce'], report.step);
-    state.skippedInARow = report.skipped ? state.skippedInARow + 1 : 0;
-    state.lossWatch = watchLoss(settings.spec, state.lossWatch, report);
-    state.shown = {
-      ...shown,
-      lastReport: report,
-      tokensPerSecond,
-      firstLoss: report.step === 1 ? report.loss : shown.firstLoss,
-      skippedSteps: shown.skippedSteps + (report.skipped ? 1 : 0),
-    };
-    this.effects.push({ type: 'metrics', line: { type: 'step', atMs: this.atMs, epoch: state.epoch, tokensPerSecond, report } });
-    this.note({ type: 'step', step: report.step, ...source });
-    this.publish({ type: 'step', report, tokensPerSecond, atMs: this.atMs });
-    if (report.skipped) this.hearNonFinite(report);
-    else this.rollBackIfDue();
-  }
-
-  /** What was counted last may complete a spike: the run goes back, or fails if it has done so too often. */
-  private rollBackIfDue(): void {
-    const { settings: { spec }, lossWatch, step: at, rollbacks } = this.state;
-    const spike = spikeOf(spec, lossWatch);
-    if (spike === null) return;
-    const error = spikeError(spec, spike, at, rollbacks.length);
-    if (rollbacks.length >= spec.lossSpike.maxRollbacks) return this.fail(error);
-    this.rollBack(spike, error);
-  }
-
-  /** The rollback is written down before anything else is done about it. */
-  private rollBack({ loss, threshold, toStep }: Spike, error: ErrorRecord): void {
-    const { step: fromStep, epoch, rollbacks, checkpoints, trimmedThrough, saving } = this.state;
-    const rollback: Rollback = { atMs: this.atMs, branch: rollbacks.length + 1, fromStep, toStep, epoch: epoch + 1, loss, threshold };
-    this.effects.push({ type: 'metrics', line: { type: 'rollback', ...rollback } });
-    this.giveUp();
-    Object.assign(this.state, rolledBack(this.state, rollback));
-    this.note({ type: 'rollback', branch: rollback.branch, fromStep, toStep });
-    this.fault('loss spike', error);
-    this.publish({ type: 'rollback', ...rollback });
-    if (saving !== null && saving.step > toStep) this.state.saving = { ...saving, unwanted: true };
-    const abandoned = checkpoints.filter((each) => each.step > toStep).map(({ directory }) => directory);
-    if (abandoned.length > 0) this.effects.push({ type: 'deleteCheckpoints', directories: abandoned });
-    const from = Math.max(trimmedThrough, toStep);
-    if (fromStep > from) this.effects.push({ type: 'trim', from, through: fromStep, ...listed(rollbacks) });
-    this.decide();
-  }
-
-  /** A skipped step is a fault on record; too many in a row end the run. The tensor's name says the layer. */
-  private hearNonFinite({ step: at, nonFinite: tensor }: StepReport): void {
-    const { skippedInARow, settings: { spec } } = this.state;
-    const where = tensor === null ? '' : `, first in ${tensor}`;
-    const context = { step: at, tensor, layer: layerOf(tensor) };
-    if (skippedInARow < spec.maxNonFiniteSteps) {
-      return this.fault(`step ${at}`, { code: 'NON_FINITE', message: `the gradient has NaN or infinite elements${where}; the step was skipped`, context });
-    }
-    const message = `${skippedInARow} steps in a row, up to step ${at}, had NaN or infinite gradients${where}; lower the learning rate or look at the data`;
-    this.fail({ code: 'NON_FINITE', message, context });
-  }
 }
 
 const alone = (worker: string): StepSource => ({ way: 'local', worker, digest: null, shards: null });
-/** Pause before the next attempt, after `failures` (2 or more) in a row. */
-const backoff = ({ backoffMs, backoffMaximumMs }: RunState['settings'], failures: number): number => Math.min(backoffMaximumMs, backoffMs * 2 ** Math.min(failures - 2, 20));
-/** The layer that a tensor's name names, or null. */
-const layerOf = (tensor: string | null): number | null => {
-  const layer = /\blayers\.(\d+)\./.exec(tensor ?? '')?.[1];
-  return layer === undefined ? null : Number(layer);
-};
 /** Whether no attempt cures it. */
 const isFatal = ({ code }: ErrorRecord): boolean => code === 'BUG' || (ERROR_KINDS[code].recovery === 'never' && code !== 'CANCELLED');

@@ -1,6 +1,6 @@
 /**
  * The words of the run machine: its state, its events, its effects, and the record that others see of it. PURE, types
- * and small constructors only; the rules are in run-machine.ts, the doing in driver.ts.
+ * and small constructors only; the rules are in run-machine.ts and its layers, the doing in driver.ts.
  */
 import { survives } from '../config/branches.ts';
 import type { ErrorRecord } from '../config/errors.ts';

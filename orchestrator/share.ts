@@ -2,7 +2,7 @@
  * Which workers each live run should have: by priority, strictly; among equals in equal parts; and by turns where there are
  * more runs than workers. PURE: no IO, no clock. Every orchestrator computes the same from the same state of Redis (demands,
  * live workers, claims, Redis' clock); that they disagree for a moment is harmless, since a claim is the lock. Called by
- * driver.ts; what a run does with its share is plan.ts's and run-machine.ts's.
+ * driver.ts; what a run does with its share is plan.ts's and machine-decisions.ts's.
  *
  *   among runs of one priority, a worker is given in rounds: the first worker of each run, then the second of each, ...
  *   first round, in this order:  1. who is served, and whose time slice is not over

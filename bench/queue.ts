@@ -6,8 +6,9 @@
  * flow   A flow of shards and a reduce job for each step, on workers whose work is empty: what is left is the protocol.
  */
 import { PRESETS } from '../config/presets.ts';
-import { startCluster, tinySpec, writeTokens } from '../test/support/cluster.ts';
+import { startCluster } from '../test/support/cluster.ts';
 import { FakeCluster } from '../test/support/fake-cluster.ts';
+import { tinySpec, writeTokens } from '../test/support/tiny-runs.ts';
 import { join } from 'node:path';
 import { median, provenance, quantile, significant } from './statistics.ts';
 import type { Report } from './statistics.ts';

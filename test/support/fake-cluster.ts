@@ -13,7 +13,6 @@ import { parseRunSpec } from '../../config/run-spec.ts';
 import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
 import type { Config } from '../../config/schema.ts';
-import { TokenFileWriter } from '../../data/token-file.ts';
 import { Client } from '../../orchestrator/client.ts';
 import { startOrchestrator } from '../../orchestrator/main.ts';
 import type { Orchestrator } from '../../orchestrator/main.ts';
@@ -21,6 +20,7 @@ import { startFakeWorker } from './fake-worker.ts';
 import type { FakeWorker, FakeWorkerOptions } from './fake-worker.ts';
 import { startTestRedis } from './redis.ts';
 import type { TestRedis } from './redis.ts';
+import { writeTokenFile } from './tiny-runs.ts';
 
 export class FakeCluster {
   readonly directory = mkdtempSync(join(tmpdir(), 'nn-fake-'));
@@ -43,7 +43,9 @@ export class FakeCluster {
       orchestrator: { watchMs: 50, lookupMs: 500, requestTimeoutMs: 2_000, ...settings['orchestrator'] },
       server: { port: 0 },
     });
-    for (const [name, count] of [['train', 4_000], ['validation', 2_000]] as const) writeTokens(cluster.tokens(name), count);
+    for (const [name, count] of [['train', 4_000], ['validation', 2_000]] as const) {
+      writeTokenFile(cluster.tokens(name), Int32Array.from({ length: count }, (_, index) => 4 + ((index * 7) % 12)), 16);
+    }
     cluster.client = new Client({ config: cluster.config });
     return cluster;
   }
@@ -116,19 +118,4 @@ async function killed(child: ChildProcess): Promise<void> {
   const gone = new Promise((resolve) => child.once('exit', resolve));
   child.kill('SIGKILL');
   await gone;
-}
-
-function writeTokens(path: string, count: number): void {
-  const writer = new TokenFileWriter(path, { vocabSize: 16, tokenizerDigest: null });
-  writer.append(Int32Array.from({ length: count }, (_, index) => 4 + ((index * 7) % 12)));
-  writer.finish();
-}
-
-/** Resolves when `holds` does; throws when it does not within the deadline. */
-export async function until(what: string, holds: () => Promise<boolean> | boolean, deadlineMs = 10_000): Promise<void> {
-  const end = performance.now() + deadlineMs;
-  while (!(await holds())) {
-    if (performance.now() > end) throw new Error(`${what}: not within ${deadlineMs} ms`);
-    await new Promise((resolve) => setTimeout(resolve, 10));
-  }
 }

@@ -16,12 +16,13 @@ import { Client } from '../../orchestrator/client.ts';
 import type { Run } from '../../orchestrator/client.ts';
 import { startSupervisor } from '../../workers/main.ts';
 import type { Supervisor, SupervisorEvent } from '../../workers/main.ts';
-import { writeTokens } from './cluster.ts';
 import { checkRun } from './history.ts';
 import type { HistoryVerdict } from './history.ts';
 import { Proxy } from './proxy.ts';
 import { PASSWORD, startTestRedis } from './redis.ts';
 import type { TestRedis } from './redis.ts';
+import { tinySpec, writeTinyData } from './tiny-runs.ts';
+import { until } from './wait.ts';
 
 export interface StackOptions {
   /** Where everything lies, to be removed by whoever gave it; else a temporary directory. */
@@ -86,8 +87,7 @@ export class Stack {
   static async start(options: StackOptions = {}): Promise<Stack> {
     const { directory = mkdtempSync(join(tmpdir(), 'nn-stack-')), proxied = false, onProcess } = options;
     for (const name of ['home', 'runs']) mkdirSync(join(directory, name), { recursive: true });
-    writeTokens(join(directory, 'train.tokens'), 20_000, 1);
-    writeTokens(join(directory, 'validation.tokens'), 2_000, 2);
+    writeTinyData({ directory });
     const redis = await startTestRedis(join(directory, 'redis'), onProcess);
     const network = async (): Promise<Network> => ({ queues: await Proxy.listen(redis.queues.socket), exchange: await Proxy.listen(redis.exchange.socket) });
     return new Stack(directory, redis, options, proxied ? { workers: await network(), orchestrators: await network() } : null);
@@ -146,20 +146,9 @@ export class Stack {
     return new Map(this.supervisors.flatMap((supervisor) => supervisor.workers().map(({ id, pid }) => [id, pid])));
   }
 
-  /** A small model over four shards, with evals and checkpoints; `changes` replace whole keys. */
+  /** With checkpoints and comparisons so often that a fault meets one. */
   spec(name: string, changes: Partial<RunSpecInput> = {}): RunSpecInput {
-    return {
-      name,
-      model: 'tiny',
-      data: { train: join(this.directory, 'train.tokens'), validation: join(this.directory, 'validation.tokens') },
-      steps: 24,
-      batch: { shards: 4, microBatches: 1, sequences: 2, sequenceLength: 32 },
-      optimizer: { learningRate: 3e-3, warmupSteps: 4 },
-      evaluation: { every: 8, sequences: 8 },
-      checkpoint: { every: 4, keep: 3 },
-      compareDigestsEvery: 6,
-      ...changes,
-    };
+    return tinySpec(this, name, { checkpoint: { every: 4, keep: 3 }, compareDigestsEvery: 6, ...changes });
   }
 
   runDirectory(run: string): string {
@@ -245,13 +234,4 @@ function victimOf(child: ChildProcess): Victim {
     pause: () => void child.kill('SIGSTOP'),
     resume: () => void child.kill('SIGCONT'),
   };
-}
-
-/** Resolves when `holds` does; throws when it does not within the deadline. */
-export async function until(what: string, holds: () => Promise<boolean> | boolean, deadlineMs = 30_000, pauseMs = 5): Promise<void> {
-  const end = performance.now() + deadlineMs;
-  while (!(await holds())) {
-    if (performance.now() > end) throw new Error(`${what}: not within ${deadlineMs} ms`);
-    await new Promise((resolve) => setTimeout(resolve, pauseMs));
-  }
 }

@@ -12,7 +12,8 @@ import { KINDS, choose } from '../chaos/faults.ts';
 import { Place } from '../chaos/place.ts';
 import { reportOf, textOf } from '../chaos/report.ts';
 import { generator } from '../sim/faults.ts';
-import { QUICK, until } from '../support/stack.ts';
+import { QUICK } from '../support/stack.ts';
+import { until } from '../support/wait.ts';
 
 describe('chaos', function () {
   this.timeout(240_000);

@@ -17,17 +17,10 @@ import { errorCode } from '../../config/errors.ts';
 import { openRedis } from '../../config/redis.ts';
 import { loadConfig } from '../../config/schema.ts';
 import type { Config } from '../../config/schema.ts';
+import { until } from '../support/wait.ts';
 
 const owner = fileURLToPath(new URL('./redis-owner.js', import.meta.url));
 const serversOf = (home: string): ProcessName[] => JSON.parse(readFileSync(join(home, 'redis', 'processes.json'), 'utf8')) as ProcessName[];
-
-async function eventually(what: string, done: () => boolean | Promise<boolean>, timeoutMs = 15_000): Promise<void> {
-  const deadline = performance.now() + timeoutMs;
-  while (!(await done())) {
-    if (performance.now() > deadline) throw new Error(`not within ${timeoutMs} ms: ${what}`);
-    await new Promise((wake) => setTimeout(wake, 20));
-  }
-}
 
 /** What a call is refused with. */
 async function refusal(call: () => unknown): Promise<{ code: string | undefined; message: string }> {
@@ -110,10 +103,10 @@ describe('embedded Redis', function () {
     try {
       const connection = openRedis(redis.addresses.url, config, 'blocking');
       await connection.set('before', '1');
-      await eventually('the write is on disk', async () => (await connection.info('persistence')).includes('aof_pending_bio_fsync:0'));
+      await until('the write is on disk', async () => (await connection.info('persistence')).includes('aof_pending_bio_fsync:0'));
       const [queues] = serversOf(home);
       process.kill(queues!.pid, 'SIGKILL');
-      await eventually('a new server', () => serversOf(home)[0]!.pid !== queues!.pid && serversOf(home).length === 2);
+      await until('a new server', () => serversOf(home)[0]!.pid !== queues!.pid && serversOf(home).length === 2);
       expect(await connection.get('before')).to.equal('1');
       expect(events.join()).to.contain('the server of the queues ended (SIGKILL)');
       connection.disconnect();
@@ -130,7 +123,7 @@ describe('embedded Redis', function () {
     expect(servers.every(isAlive)).to.equal(true);
     child.kill('SIGKILL');
     await once(child, 'exit');
-    await eventually('the servers end', () => !servers.some(isAlive));
+    await until('the servers end', () => !servers.some(isAlive));
     const redis = await startEmbeddedRedis(config);
     await redis.stop();
   });

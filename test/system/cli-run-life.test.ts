@@ -4,7 +4,8 @@ import { join } from 'node:path';
 import { expect } from 'chai';
 import type { RunRecord } from '../../config/messages.ts';
 import type { Restored } from '../../orchestrator/client.ts';
-import { FakeCluster, until } from '../support/fake-cluster.ts';
+import { FakeCluster } from '../support/fake-cluster.ts';
+import { until } from '../support/wait.ts';
 import { Workplace } from './cli-harness.ts';
 import type { Outcome } from './cli-harness.ts';
 

@@ -11,7 +11,8 @@ import type { RunRecord } from '../../config/messages.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { verifyCheckpoint } from '../../data/checkpoint-files.ts';
 import { fill } from '../chaos/faults.ts';
-import { Stack, signal, until } from '../support/stack.ts';
+import { Stack, signal } from '../support/stack.ts';
+import { until } from '../support/wait.ts';
 
 const STEPS = 60;
 const SPEC: Partial<RunSpecInput> = {

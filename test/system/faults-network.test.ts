@@ -3,9 +3,10 @@
  * on. Each run ends with the weights of the undisturbed one, and its history shows that each (step, shard) counted once.
  */
 import type { RunSpecInput } from '../../config/run-spec.ts';
-import { Stack, until } from '../support/stack.ts';
+import { Stack } from '../support/stack.ts';
 import type { Silence } from '../support/proxy.ts';
 import type { RedisServer } from '../support/redis.ts';
+import { until } from '../support/wait.ts';
 
 const STEPS = 30;
 /** A step of this takes some 50 ms, so that what happens to it happens under way. */

@@ -6,9 +6,10 @@
 import { expect } from 'chai';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { readHistory } from '../support/history.ts';
-import { QUICK, Stack, until } from '../support/stack.ts';
+import { QUICK, Stack } from '../support/stack.ts';
 import type { Victim } from '../support/stack.ts';
 import { Trace } from '../support/trace.ts';
+import { until } from '../support/wait.ts';
 
 /** A transition, and the command that shows it. `<run>` stands for the run's name. */
 const TRANSITIONS: readonly (readonly [what: string, pattern: string, parallelism: number])[] = [

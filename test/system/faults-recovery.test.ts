@@ -5,7 +5,8 @@
  */
 import { expect } from 'chai';
 import { readHistory } from '../support/history.ts';
-import { Stack, signal, until } from '../support/stack.ts';
+import { Stack, signal } from '../support/stack.ts';
+import { until } from '../support/wait.ts';
 
 const ROUNDS = Number(process.env['NN_RECOVERY_ROUNDS'] ?? 1);
 const BOUND_MS = 10_000;

@@ -8,8 +8,9 @@ import { expect } from 'chai';
 import { keys } from '../../config/keys.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { generator } from '../sim/faults.ts';
-import { Stack, signal, until } from '../support/stack.ts';
+import { Stack, signal } from '../support/stack.ts';
 import { Trace, partialCheckpoints, processorMs } from '../support/trace.ts';
+import { until } from '../support/wait.ts';
 
 /** A shard of this takes some 50 ms on one core: long enough to be seen at work. */
 const SLOW: Partial<RunSpecInput> = { steps: 12, batch: { shards: 4, microBatches: 1, sequences: 32, sequenceLength: 64 }, checkpoint: { every: 3, keep: 2 } };

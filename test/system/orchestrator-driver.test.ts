@@ -10,9 +10,10 @@ import type { RunEvent, RunRecord } from '../../config/messages.ts';
 import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
 import type { StepLine } from '../../orchestrator/metrics.ts';
 import type { Run } from '../../orchestrator/client.ts';
-import { FakeCluster, until } from '../support/fake-cluster.ts';
+import { FakeCluster } from '../support/fake-cluster.ts';
 import { expectedReport, stateAt } from '../support/fake-worker.ts';
 import { checkRun } from '../support/history.ts';
+import { until } from '../support/wait.ts';
 
 describe('orchestrator: a run over real Redis', function () {
   this.timeout(60_000);

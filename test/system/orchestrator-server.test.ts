@@ -9,7 +9,8 @@ import type { Config } from '../../config/schema.ts';
 import { PAGE_CSS, PAGE_HTML, PAGE_SCRIPT } from '../../orchestrator/server/page.ts';
 import { startServer } from '../../orchestrator/server/server.ts';
 import type { Server } from '../../orchestrator/server/server.ts';
-import { FakeCluster, until } from '../support/fake-cluster.ts';
+import { FakeCluster } from '../support/fake-cluster.ts';
+import { until } from '../support/wait.ts';
 
 const TOKEN = 'a-token-of-more-than-sixteen';
 

@@ -9,9 +9,10 @@ import type { RunRecord, WorkerRecord } from '../../config/messages.ts';
 import { keys } from '../../config/keys.ts';
 import { openRedis } from '../../config/redis.ts';
 import type { Redis } from '../../config/redis.ts';
-import { startCluster, tinySpec } from '../support/cluster.ts';
+import { startCluster } from '../support/cluster.ts';
 import type { Cluster } from '../support/cluster.ts';
-import { eventually } from './worker-helpers.ts';
+import { tinySpec } from '../support/tiny-runs.ts';
+import { eventually } from '../support/wait.ts';
 
 describe('versions of different protocols', function () {
   this.timeout(90_000);

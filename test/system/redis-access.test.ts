@@ -17,8 +17,9 @@ import type { Redis } from '../../config/redis.ts';
 import { loadConfig, packageRoot } from '../../config/schema.ts';
 import { makeCertificates, whyNoCertificates } from '../support/certificates.ts';
 import type { Certificates } from '../support/certificates.ts';
-import { startCluster, tinySpec } from '../support/cluster.ts';
-import { eventually } from './worker-helpers.ts';
+import { startCluster } from '../support/cluster.ts';
+import { tinySpec } from '../support/tiny-runs.ts';
+import { eventually } from '../support/wait.ts';
 
 const ADMIN = 'admin-password';
 

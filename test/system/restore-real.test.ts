@@ -4,9 +4,10 @@
  */
 import { expect } from 'chai';
 import type { Run } from '../../orchestrator/client.ts';
-import { startCluster, tinySpec } from '../support/cluster.ts';
+import { startCluster } from '../support/cluster.ts';
 import type { Cluster } from '../support/cluster.ts';
-import { until } from '../support/fake-cluster.ts';
+import { tinySpec } from '../support/tiny-runs.ts';
+import { until } from '../support/wait.ts';
 
 describe('real workers: restore and sharing', function () {
   this.timeout(120_000);

@@ -12,9 +12,10 @@ import type { Run } from '../../orchestrator/client.ts';
 import type { StepLine } from '../../orchestrator/metrics.ts';
 import { rebuild } from '../../orchestrator/restore.ts';
 import { readRecordFile } from '../../orchestrator/run-directory.ts';
-import { FakeCluster, until } from '../support/fake-cluster.ts';
+import { FakeCluster } from '../support/fake-cluster.ts';
 import { expectedReport, stateAt } from '../support/fake-worker.ts';
 import { checkRun, readLines } from '../support/history.ts';
+import { until } from '../support/wait.ts';
 
 describe('orchestrator: what Redis lost', function () {
   this.timeout(120_000);

@@ -8,12 +8,12 @@ import { expect } from 'chai';
 import type { RunEvent, RunRecord } from '../../config/messages.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { sequenceStart } from '../../data/sampler.ts';
-import { TokenFileWriter } from '../../data/token-file.ts';
 import type { RunLine } from '../../orchestrator/metrics.ts';
 import { isRollback, presentBranch } from '../../orchestrator/metrics.ts';
-import { startCluster, tinySpec } from '../support/cluster.ts';
+import { startCluster } from '../support/cluster.ts';
 import type { Cluster } from '../support/cluster.ts';
 import { checkRun, readLines } from '../support/history.ts';
+import { tinySpec, writeTokenFile } from '../support/tiny-runs.ts';
 
 const SEED = 5;
 const STEPS = 24;
@@ -55,12 +55,6 @@ function cleanTokens(noisy: Int32Array): Int32Array {
   return tokens;
 }
 
-function write(path: string, tokens: Int32Array): void {
-  const writer = new TokenFileWriter(path, { vocabSize: 512, tokenizerDigest: null });
-  writer.append(tokens);
-  writer.finish();
-}
-
 describe('a loss spike', function () {
   this.timeout(60_000);
   let cluster: Cluster;
@@ -69,8 +63,8 @@ describe('a loss spike', function () {
   before(async () => {
     cluster = await startCluster({ workers: 2, settings: { worker: { restartBackoffMs: 50 }, queue: { lockDurationMs: 4_000, stalledIntervalMs: 1_000 } } });
     const noisy = noisyTokens();
-    write(join(cluster.directory, 'noisy.tokens'), noisy);
-    write(join(cluster.directory, 'clean.tokens'), cleanTokens(noisy));
+    writeTokenFile(join(cluster.directory, 'noisy.tokens'), noisy);
+    writeTokenFile(join(cluster.directory, 'clean.tokens'), cleanTokens(noisy));
     wanted = (await finish('clean', { data: data('clean'), lossSpike: {}, parallelism: 1 })).record;
     expect(wanted).to.include({ phase: 'completed', step: STEPS });
     expect(wanted.rollbacks).to.deep.equal([]);

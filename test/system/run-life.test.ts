@@ -13,9 +13,10 @@ import type { Run } from '../../orchestrator/client.ts';
 import type { FaultLine } from '../../orchestrator/fault-log.ts';
 import type { StepLine } from '../../orchestrator/metrics.ts';
 import { Fenced, RunStore } from '../../orchestrator/run-store.ts';
-import { FakeCluster, until } from '../support/fake-cluster.ts';
+import { FakeCluster } from '../support/fake-cluster.ts';
 import { expectedReport, stateAt } from '../support/fake-worker.ts';
 import { checkRun } from '../support/history.ts';
+import { until } from '../support/wait.ts';
 
 describe('orchestrator: the life of a run', function () {
   this.timeout(60_000);

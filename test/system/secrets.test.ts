@@ -15,7 +15,7 @@ import { openRedis } from '../../config/redis.ts';
 import { childEnvironment, loadConfig } from '../../config/schema.ts';
 import { Workplace } from './cli-harness.ts';
 import type { Running } from './cli-harness.ts';
-import { eventually } from './worker-helpers.ts';
+import { eventually } from '../support/wait.ts';
 
 const SECRETS = {
   'password of the queues': 'S3cretQueues-4f1b7c',

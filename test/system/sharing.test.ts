@@ -9,9 +9,10 @@ import type { RunSpecInput } from '../../config/run-spec.ts';
 import type { Run } from '../../orchestrator/client.ts';
 import type { StepLine } from '../../orchestrator/metrics.ts';
 import type { Demand } from '../../orchestrator/share.ts';
-import { FakeCluster, until } from '../support/fake-cluster.ts';
+import { FakeCluster } from '../support/fake-cluster.ts';
 import { stateAt } from '../support/fake-worker.ts';
 import { checkRun, readLines } from '../support/history.ts';
+import { until } from '../support/wait.ts';
 
 describe('orchestrator: runs that share workers', function () {
   this.timeout(120_000);

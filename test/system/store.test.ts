@@ -25,6 +25,7 @@ import type { Server as ApiServer } from '../../orchestrator/server/server.ts';
 import { Cache } from '../../workers/cache.ts';
 import { StoreClient, storeAddress } from '../../workers/store-client.ts';
 import { makeCertificates, whyNoCertificates } from '../support/certificates.ts';
+import { codeOf } from '../support/code-of.ts';
 
 const TOKEN = 'a token of the store, long';
 
@@ -111,7 +112,6 @@ describe('the store', function () {
     const text = await answer.text();
     return { status: answer.status, code: text.startsWith('{') ? (JSON.parse(text) as { error?: { code?: string } }).error?.code : undefined };
   };
-  const codeOf = (work: Promise<unknown>): Promise<unknown> => work.then(() => undefined, (error: { code?: unknown }) => error.code);
   const made = async (name: string, step: number, fill: number): Promise<{ path: string; manifest: Manifest }> => {
     const path = join(directory, name);
     const spec = parseRunSpec({ name: 'x', model: 'tiny', data: { train: 'x' }, steps: 1, batch: { sequences: 1, sequenceLength: 8 } });

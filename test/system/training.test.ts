@@ -11,9 +11,10 @@ import { openRedis } from '../../config/redis.ts';
 import { CheckpointReader } from '../../data/checkpoint-reader.ts';
 import { SafetensorsFile } from '../../data/safetensors.ts';
 import type { StepLine } from '../../orchestrator/metrics.ts';
-import { startCluster, tinySpec } from '../support/cluster.ts';
+import { startCluster } from '../support/cluster.ts';
 import type { Cluster } from '../support/cluster.ts';
 import { readLines } from '../support/history.ts';
+import { tinySpec } from '../support/tiny-runs.ts';
 
 /** Follows a run to its end, calling `onStep` at each step, and returns its record. */
 async function finish(cluster: Cluster, name: string, onStep: (step: number) => void = () => undefined): Promise<{ record: RunRecord; events: RunEvent[] }> {

@@ -10,9 +10,10 @@ import type { RunRecord } from '../../config/messages.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { verifyCheckpoint } from '../../data/checkpoint-files.ts';
 import { readManifest } from '../../data/manifest.ts';
-import { writeTokens } from '../support/cluster.ts';
+import { tinySpec, writeTinyData, writeTokens } from '../support/tiny-runs.ts';
 import { STORE_TOKEN, TwoHosts, whyNot } from '../support/two-hosts.ts';
 import type { Part } from '../support/two-hosts.ts';
+import { until } from '../support/wait.ts';
 
 /** Longer than QUICK's deadAfter of 2 s by far, so that the workers are given up and come back. */
 const CUT_MS = 5_000;
@@ -25,11 +26,10 @@ describe('two hosts without a shared file system', function () {
   let alone: RunRecord;
   let bigAlone: RunRecord;
 
-  const spec = (name: string, changes: Partial<RunSpecInput> = {}): RunSpecInput => ({
-    name, model: 'tiny', data: { train: join(hosts.first, 'train.tokens'), validation: join(hosts.first, 'validation.tokens'), tokenizer: join(hosts.first, 'tokenizer.json') },
-    steps: 16, batch: { shards: 4, microBatches: 1, sequences: 2, sequenceLength: 32 }, optimizer: { learningRate: 3e-3, warmupSteps: 4 },
-    evaluation: { every: 8, sequences: 8 }, checkpoint: { every: 8, keep: 2 }, parallelism: 1, ...changes,
-  });
+  const spec = (name: string, changes: Partial<RunSpecInput> = {}): RunSpecInput => {
+    const place = { directory: hosts.first };
+    return tinySpec(place, name, { data: { ...tinySpec(place, name).data, tokenizer: join(hosts.first, 'tokenizer.json') }, steps: 16, parallelism: 1, ...changes });
+  };
   const big = (name: string): RunSpecInput => spec(name, { data: { train: join(hosts.first, 'big.tokens') }, steps: 4, evaluation: {}, checkpoint: { every: 0 } });
   /** The checkpoint's files and digests; what it says of its run, with the run's name left out. */
   const contentsOf = ({ run, checkpoint }: RunRecord): unknown => {
@@ -39,9 +39,6 @@ describe('two hosts without a shared file system', function () {
   };
   const bytesIn = ({ checkpoint }: RunRecord): number => Object.values(readManifest(checkpoint!.directory)!.files).reduce((sum, { bytes }) => sum + bytes, 0);
   const pause = (milliseconds: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, milliseconds));
-  const until = async (what: string, done: () => Promise<boolean>): Promise<void> => {
-    for (const deadline = Date.now() + 60_000; !(await done()); ) if (Date.now() > deadline) throw new Error(`${what}: not within a minute`);
-  };
   /** Cuts the link for as long as it takes to be given up, and mends it. */
   const cut = async (): Promise<void> => {
     hosts.cut();
@@ -56,8 +53,7 @@ describe('two hosts without a shared file system', function () {
       return this.skip();
     }
     hosts = new TwoHosts();
-    writeTokens(join(hosts.first, 'train.tokens'), 20_000, 1);
-    writeTokens(join(hosts.first, 'validation.tokens'), 2_000, 2);
+    writeTinyData({ directory: hosts.first });
     writeTokens(join(hosts.first, 'big.tokens'), BIG_TOKENS, 3);
     writeFileSync(join(hosts.first, 'tokenizer.json'), '{"version":"1.0"}');
     await hosts.start();

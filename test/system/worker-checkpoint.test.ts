@@ -6,17 +6,17 @@ import { execFileSync } from 'node:child_process';
 import { appendFileSync, closeSync, constants, existsSync, mkdirSync, openSync, readFileSync, readdirSync, renameSync, statSync, writeFileSync, writeSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { expect } from 'chai';
-import type { Job, Queue, QueueEvents } from 'bullmq';
+import type { Job } from 'bullmq';
 import { decodeFailure } from '../../config/errors.ts';
 import type { ErrorRecord } from '../../config/errors.ts';
-import { workerQueue } from '../../config/keys.ts';
 import { parseResult } from '../../config/messages.ts';
-import type { Result, WorkerRecord } from '../../config/messages.ts';
+import type { Result } from '../../config/messages.ts';
 import type { RunSpec } from '../../config/run-spec.ts';
 import { verifyCheckpoint } from '../../data/checkpoint-files.ts';
-import { startSupervisor } from '../../workers/main.ts';
-import type { Supervisor, SupervisorEvent } from '../../workers/main.ts';
-import { World, eventually, originOf } from './worker-helpers.ts';
+import { eventually, until } from '../support/wait.ts';
+import { WorkerProcesses, addSteps, failureOf, outcomeOf } from '../support/worker-processes.ts';
+import type { WorkerBench } from '../support/worker-processes.ts';
+import { WorkerWorld, originOf } from '../support/worker-world.ts';
 
 /** A tokenizer that its reader waits for. */
 class SlowFile {
@@ -44,76 +44,52 @@ class SlowFile {
 
 describe('checkpoints beside training', function () {
   this.timeout(60_000);
-  let world: World;
-  let supervisors: Supervisor[] = [];
-  let log: SupervisorEvent[] = [];
-  let runs = 0;
+  let world: WorkerWorld;
+  let workers: WorkerProcesses;
+  let files = 0;
 
-  interface Bench {
-    readonly id: string;
-    readonly supervisor: Supervisor;
-    readonly queue: Queue;
-    readonly events: QueueEvents;
+  interface Bench extends WorkerBench {
     /** Progress of checkpoints so far. */
     readonly copied: Result<'checkpointProgress'>[];
   }
 
   const start = async (worker: Record<string, number> = {}): Promise<Bench> => {
-    const config = { ...world.config, worker: { ...world.config.worker, ...worker } };
-    const supervisor = startSupervisor({ config, device: { library: 'cpu', indices: 'cpu' }, count: 1, idPrefix: `c${runs++}`, onEvent: (event) => log.push(event) });
-    supervisors.push(supervisor);
-    await supervisor.ready;
-    const { id } = supervisor.workers()[0]!;
-    const { queue, events } = await world.queue(workerQueue('train', id));
+    const bench = await workers.bench({ worker });
     const copied: Result<'checkpointProgress'>[] = [];
-    events.on('progress', ({ data }) => {
+    bench.events.on('progress', ({ data }) => {
       if ((data as { copied?: boolean }).copied === true) copied.push(parseResult('checkpointProgress', data));
     });
-    return { id, supervisor, queue, events, copied };
+    return { ...bench, copied };
   };
   const newSpec = async (tokenizer?: string): Promise<RunSpec> => {
-    const base = world.spec(`run-${runs++}`, { steps: 100_000 });
-    const spec = tokenizer === undefined ? base : { ...base, data: { ...base.data, tokenizer } };
-    await world.control(spec.name, { epoch: 0, command: 'run' });
-    return spec;
+    const { data } = world.spec('data');
+    return world.newRun({ steps: 100_000, data: tokenizer === undefined ? data : { ...data, tokenizer } });
   };
-  const slowFile = (): SlowFile => new SlowFile(join(world.directory, `tokenizer-${runs++}.json`));
+  const slowFile = (): SlowFile => new SlowFile(join(world.directory, `tokenizer-${files++}.json`));
   const placeOf = (spec: RunSpec, step: number): string => join(world.directory, spec.name, 'checkpoints', `step-${step}`);
-  const steps = async ({ queue, events }: Bench, spec: RunSpec, fromStep: number, stepCount: number): Promise<Result<'steps'>> => {
-    const job = await queue.add('steps', { ...originOf(spec), fromStep, stepCount });
-    return parseResult('steps', await job.waitUntilFinished(events, 40_000));
-  };
+  const steps = async ({ queue, events }: Bench, spec: RunSpec, fromStep: number, stepCount: number): Promise<Result<'steps'>> =>
+    outcomeOf('steps', await addSteps(queue, spec, fromStep, stepCount), events);
   const save = async ({ queue }: Bench, spec: RunSpec, step: number, options: object = {}): Promise<Job> =>
     queue.add('checkpoint', { ...originOf(spec), step, directory: placeOf(spec, step) }, options);
-  const saved = async ({ events }: Bench, job: Job): Promise<Result<'checkpoint'>> => parseResult('checkpoint', await job.waitUntilFinished(events, 40_000));
-  const failed = async ({ events }: Bench, job: Job): Promise<ErrorRecord> => {
-    const error: unknown = await job.waitUntilFinished(events, 40_000).then(() => undefined, (reason: unknown) => reason);
-    expect(error, 'the job did not fail').to.be.instanceOf(Error);
-    return decodeFailure((error as Error).message);
-  };
-  const digestAt = async ({ queue, events }: Bench, spec: RunSpec, step: number, checkpoint: Parameters<typeof originOf>[2] = null): Promise<string> => {
-    const job = await queue.add('digest', { ...originOf(spec, 0, checkpoint), step });
-    return parseResult('digest', await job.waitUntilFinished(events, 40_000)).digest;
-  };
-  const incarnation = async ({ id }: Bench): Promise<string> => (JSON.parse((await world.redis.hget(world.names.workers, id))!) as WorkerRecord).incarnation;
+  const saved = ({ events }: Bench, job: Job): Promise<Result<'checkpoint'>> => outcomeOf('checkpoint', job, events);
+  const failed = ({ events }: Bench, job: Job): Promise<ErrorRecord> => failureOf(job, events);
+  const digestAt = async ({ queue, events }: Bench, spec: RunSpec, step: number, checkpoint: Parameters<typeof originOf>[2] = null): Promise<string> =>
+    (await outcomeOf('digest', await queue.add('digest', { ...originOf(spec, 0, checkpoint), step }), events)).digest;
+  const incarnation = async ({ id }: Bench): Promise<string> => (await workers.record(id))!.incarnation;
   /** Until a checkpoint's weights are written, so that its writer waits for the tokenizer, or soon will. */
-  const inTheMiddle = (spec: RunSpec): Promise<true> =>
-    eventually('a writer in the middle', () => {
+  const inTheMiddle = (spec: RunSpec): Promise<void> =>
+    until('a writer in the middle', () => {
       const parent = dirname(placeOf(spec, 0));
       const partial = existsSync(parent) ? readdirSync(parent).find((name) => name.endsWith('.partial')) : undefined;
-      return partial !== undefined && existsSync(join(parent, partial, 'model.safetensors')) ? true : undefined;
+      return partial !== undefined && existsSync(join(parent, partial, 'model.safetensors'));
     });
   const filesBeside = (directory: string): string[] => readdirSync(dirname(directory));
 
   before(async () => {
-    world = await World.start();
+    world = await WorkerWorld.start();
+    workers = new WorkerProcesses(world);
   });
-  afterEach(async () => {
-    await Promise.all(supervisors.map((supervisor) => supervisor.stop()));
-    supervisors = [];
-    log = [];
-    await world.clear();
-  });
+  afterEach(() => workers.clear());
   after(() => world.stop());
 
   it('training goes on while the files are written, for longer than the lock, and the files hold the version that was asked for', async () => {
@@ -126,9 +102,9 @@ describe('checkpoints beside training', function () {
     await eventually('the word that the state is copied', () => bench.copied[0]);
     expect(bench.copied).to.deep.equal([{ worker: bench.id, epoch: 0, step: 3, copied: true }]);
     const { lockDurationMs } = world.config.queue;
-    const until = Date.now() + 2 * lockDurationMs;
+    const endMs = Date.now() + 2 * lockDurationMs;
     let at = 3;
-    while (Date.now() < until) at += (await steps(bench, spec, at, 40)).stepsDone;
+    while (Date.now() < endMs) at += (await steps(bench, spec, at, 40)).stepsDone;
     expect(at).to.be.greaterThan(3);
     expect(await job.getState()).to.equal('active');
     expect(filesBeside(placeOf(spec, 3))).to.have.lengthOf(1);
@@ -149,18 +125,18 @@ describe('checkpoints beside training', function () {
     const spec = await newSpec(slow.path);
     await steps(bench, spec, 0, 2);
     const first = await save(bench, spec, 2);
-    const more = await bench.queue.add('steps', { ...originOf(spec), fromStep: 2, stepCount: 2 });
+    const more = await addSteps(bench.queue, spec, 2, 2);
     const second = await save(bench, spec, 4);
-    const last = await bench.queue.add('steps', { ...originOf(spec), fromStep: 4, stepCount: 2 });
-    expect(parseResult('steps', await more.waitUntilFinished(bench.events, 40_000)).stepsDone).to.equal(2);
-    await eventually('the second checkpoint taken', async () => ((await second.getState()) === 'active' ? true : undefined));
+    const last = await addSteps(bench.queue, spec, 4, 2);
+    expect((await outcomeOf('steps', more, bench.events)).stepsDone).to.equal(2);
+    await until('the second checkpoint taken', async () => (await second.getState()) === 'active');
     await inTheMiddle(spec);
     expect(bench.copied.map(({ step }) => step)).to.deep.equal([2]);
     expect(await last.getState()).to.equal('waiting');
     await slow.give();
     await saved(bench, first);
     await eventually('the second copied', () => bench.copied[1]);
-    expect(parseResult('steps', await last.waitUntilFinished(bench.events, 40_000)).stepsDone, 'beside the second').to.equal(2);
+    expect((await outcomeOf('steps', last, bench.events)).stepsDone, 'beside the second').to.equal(2);
     await slow.give();
     await saved(bench, second);
     for (const step of [2, 4]) expect(await verifyCheckpoint(placeOf(spec, step))).to.deep.equal({ step });
@@ -174,11 +150,11 @@ describe('checkpoints beside training', function () {
     await inTheMiddle(spec);
     const second = await bench.queue.add('checkpoint', { ...originOf(spec), step: 0, directory: placeOf(spec, 1) });
     const next = await bench.queue.add('steps', { ...originOf(spec, 1), fromStep: 0, stepCount: 2 });
-    await eventually('the second taken', async () => ((await second.isActive()) ? true : undefined));
+    await until('the second taken', () => second.isActive());
     expect(await next.getState()).to.equal('waiting');
     await world.control(spec.name, { epoch: 1, command: 'run' });
     expect(await failed(bench, second)).to.include({ code: 'CANCELLED' });
-    expect(parseResult('steps', await next.waitUntilFinished(bench.events, 40_000)).stepsDone).to.equal(2);
+    expect((await outcomeOf('steps', next, bench.events)).stepsDone).to.equal(2);
     expect(await first.getState()).to.equal('active');
     await slow.give();
     expect((await saved(bench, first)).step).to.equal(0);
@@ -202,8 +178,7 @@ describe('checkpoints beside training', function () {
     await world.control(spec.name, { epoch: 0, command: 'run' });
     const job = await save(bench, spec, 0);
     await inTheMiddle(spec);
-    await world.redis.del(world.names.control(spec.name));
-    await world.redis.publish(world.names.controlChannel, spec.name);
+    await world.control(spec.name, null);
     await new Promise((resolve) => setTimeout(resolve, 2 * world.config.worker.controlPollMs));
     await slow.give();
     expect(await failed(bench, job)).to.include({ code: 'CANCELLED' });
@@ -217,12 +192,11 @@ describe('checkpoints beside training', function () {
     const job = await save(bench, spec, 0);
     await inTheMiddle(spec);
     const stopped = bench.supervisor.stop();
-    await eventually('a draining worker', async () => ((await world.redis.hget(world.names.workers, bench.id))?.includes('draining') === true ? true : undefined));
+    await until('a draining worker', async () => (await workers.record(bench.id))?.state === 'draining');
     await slow.give();
     await stopped;
     expect((await saved(bench, job)).step).to.equal(0);
-    expect(log.filter(({ type }) => type === 'exited')).to.have.lengthOf(1);
-    expect(log.find(({ type }) => type === 'exited')).to.include({ code: 0 });
+    expect(workers.exits.map(({ code }) => code)).to.deep.equal([0]);
     expect(await verifyCheckpoint(placeOf(spec, 0))).to.deep.equal({ step: 0 });
   });
 
@@ -233,7 +207,7 @@ describe('checkpoints beside training', function () {
     const job = await save(bench, spec, 0);
     await inTheMiddle(spec);
     process.kill(bench.supervisor.workers()[0]!.pid, 'SIGKILL');
-    await eventually('the end of the process', () => log.find(({ type }) => type === 'exited'));
+    await until('the end of the process', () => workers.exits.length > 0);
     expect(filesBeside(placeOf(spec, 0)).map((name) => /^\.step-0\..*\.partial$/.test(name))).to.deep.equal([true]);
     await slow.give();
     await saved(bench, job);
@@ -257,7 +231,7 @@ describe('checkpoints beside training', function () {
       await steps(bench, spec, 0, 2);
       const digest = await digestAt(bench, spec, 2);
       const job = await bench.queue.add('checkpoint', { ...originOf(spec), step: 2, directory }, { attempts: 2, backoff: { type: 'fixed', delay: 1_000 } });
-      await eventually('the first attempt', async () => ((await bench.queue.getJob(job.id!))!.attemptsMade === 1 ? true : undefined));
+      await until('the first attempt', async () => (await bench.queue.getJob(job.id!))!.attemptsMade === 1);
       const reason = decodeFailure((await bench.queue.getJob(job.id!))!.failedReason);
       expect(reason).to.include({ code: 'DISK_FULL' });
       expect(reason.context['path']).to.contain('step-2');

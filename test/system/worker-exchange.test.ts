@@ -3,10 +3,11 @@
  * counterpart: for `redis`, a Redis that is killed and started again where a test says so.
  */
 import { expect } from 'chai';
-import { errorCode } from '../../config/errors.ts';
 import type { Exchange, TensorSink, TensorSource } from '../../workers/exchange/contract.ts';
 import { RedisExchange } from '../../workers/exchange/redis.ts';
-import { World, eventually } from './worker-helpers.ts';
+import { codeOf } from '../support/code-of.ts';
+import { eventually } from '../support/wait.ts';
+import { WorkerWorld } from '../support/worker-world.ts';
 
 const DIGEST = '0123456789abcdef0123456789abcdef';
 const OTHER = 'fedcba98765432100123456789abcdef';
@@ -21,22 +22,13 @@ const source = (from: Float32Array, digest = DIGEST): TensorSource => ({
 });
 const sink = (into: Float32Array, digest = DIGEST): TensorSink => ({ length: into.length, digest, write: (offset, from) => into.set(from, offset) });
 
-const codeOf = async (work: Promise<unknown>): Promise<string | undefined> => {
-  try {
-    await work;
-  } catch (error) {
-    return errorCode(error) ?? String(error);
-  }
-  return undefined;
-};
-
 describe('exchange: redis', () => {
-  let world: World;
+  let world: WorkerWorld;
   let exchange: Exchange;
   let orders: (() => void) | null;
 
   before(async () => {
-    world = await World.start({ exchange: { chunkBytes: CHUNK * 4, concurrency: 3, timeoutMs: 500, outageMs: 600 } });
+    world = await WorkerWorld.start({ exchange: { chunkBytes: CHUNK * 4, concurrency: 3, timeoutMs: 500, outageMs: 600 } });
     exchange = new RedisExchange({ url: world.config.redis.exchangeUrl, config: world.config, beat: () => orders?.() });
   });
   beforeEach(async () => {

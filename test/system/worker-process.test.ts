@@ -8,22 +8,15 @@ import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { expect } from 'chai';
-import type { Job, Queue, QueueEvents } from 'bullmq';
 import { FlowProducer } from 'bullmq';
-import { decodeFailure } from '../../config/errors.ts';
 import { workerQueue } from '../../config/keys.ts';
 import { parseResult } from '../../config/messages.ts';
-import type { Result, WorkerRecord } from '../../config/messages.ts';
-import { PRESETS } from '../../config/presets.ts';
-import type { RunSpec } from '../../config/run-spec.ts';
+import type { Result } from '../../config/messages.ts';
 import { trainTokenizer } from '../../data/tokenizer.ts';
-import { startSupervisor } from '../../workers/main.ts';
-import type { Supervisor, SupervisorEvent, SupervisorOptions } from '../../workers/main.ts';
 import { PASSWORD } from '../support/redis.ts';
-import { World, eventually, originOf } from './worker-helpers.ts';
-
-/** A model whose step takes seconds on one core. */
-const PRESETS_WIDE = { ...PRESETS.demo, vocabSize: 512, hiddenSize: 512, headSize: 128, ffnSize: 2048 };
+import { eventually, until } from '../support/wait.ts';
+import { SLOW_MICROBATCH, WorkerProcesses, addSteps, failureOf, outcomeOf, stepsUnderWay } from '../support/worker-processes.ts';
+import { WorkerWorld, originOf } from '../support/worker-world.ts';
 
 const isAlive = (pid: number): boolean => {
   try {
@@ -34,90 +27,46 @@ const isAlive = (pid: number): boolean => {
   }
 };
 
-type Exit = Extract<SupervisorEvent, { type: 'exited' }>;
-
 describe('worker processes', function () {
   this.timeout(60_000);
-  let world: World;
-  let supervisors: Supervisor[] = [];
-  let log: SupervisorEvent[] = [];
-  let prefixes = 0;
-
-  const start = async (options: Partial<SupervisorOptions> = {}): Promise<{ supervisor: Supervisor; ids: string[] }> => {
-    const supervisor = startSupervisor({
-      config: world.config,
-      device: { library: 'cpu', indices: 'cpu' },
-      count: 1,
-      idPrefix: `s${prefixes++}`,
-      onEvent: (event) => log.push(event),
-      ...options,
-    });
-    supervisors.push(supervisor);
-    await supervisor.ready;
-    return { supervisor, ids: supervisor.workers().map(({ id }) => id) };
-  };
-  const record = async (id: string): Promise<WorkerRecord | undefined> => {
-    const text = await world.redis.hget(world.names.workers, id);
-    return text === null ? undefined : (JSON.parse(text) as WorkerRecord);
-  };
-  const exits = (): Exit[] => log.filter((event) => event.type === 'exited');
-  const outcomeOf = async <Name extends 'steps' | 'shard' | 'reduce' | 'checkpoint' | 'digest' | 'eval'>(name: Name, job: Job, events: QueueEvents): Promise<Result<Name>> =>
-    parseResult(name, await job.waitUntilFinished(events, 40_000));
-  const failureOf = async (job: Job, events: QueueEvents): Promise<ReturnType<typeof decodeFailure>> => {
-    try {
-      await job.waitUntilFinished(events, 40_000);
-    } catch (error) {
-      return decodeFailure((error as Error).message);
-    }
-    throw new Error('the job did not fail');
-  };
-  const newSpec = (name: string, more: Partial<RunSpec> = {}): RunSpec => ({ ...world.spec(name), ...more });
-  const addSteps = async (queue: Queue, spec: RunSpec, fromStep: number, stepCount: number, options: object = {}): Promise<Job> =>
-    queue.add('steps', { ...originOf(spec), fromStep, stepCount }, options);
+  let world: WorkerWorld;
+  let workers: WorkerProcesses;
 
   before(async () => {
-    world = await World.start();
+    world = await WorkerWorld.start();
+    workers = new WorkerProcesses(world);
   });
-  afterEach(async () => {
-    await Promise.all(supervisors.map((supervisor) => supervisor.stop()));
-    supervisors = [];
-    log = [];
-    await world.clear();
-  });
+  afterEach(() => workers.clear());
   after(() => world.stop());
 
   it('say what they are, and sign off when they are stopped', async () => {
-    const { supervisor, ids } = await start({ count: 2 });
-    const first = (await record(ids[0]!))!;
+    const { supervisor, ids } = await workers.start({ count: 2 });
+    const first = (await workers.record(ids[0]!))!;
     expect(first).to.include({ id: ids[0], state: 'idle', replica: null });
     expect(first.device.kind).to.equal('cpu');
     expect(first.precisions).to.deep.equal(['fp32']);
     expect(supervisor.workers().map(({ pid }) => pid)).to.include(first.processId);
-    await eventually('a heartbeat', async () => ((await record(ids[0]!))!.heartbeatAtMs > first.heartbeatAtMs ? true : undefined));
+    await until('a heartbeat', async () => (await workers.record(ids[0]!))!.heartbeatAtMs > first.heartbeatAtMs);
     await supervisor.stop();
     await supervisor.ended;
     expect(await world.redis.hlen(world.names.workers)).to.equal(0);
-    expect(exits().map(({ code, restartInMs }) => [code, restartInMs])).to.deep.equal([[0, null], [0, null]]);
+    expect(workers.exits.map(({ code, restartInMs }) => [code, restartInMs])).to.deep.equal([[0, null], [0, null]]);
   });
 
   it('are restarted when killed, with the same id and a new incarnation', async () => {
-    const { supervisor, ids } = await start();
-    const before = (await record(ids[0]!))!;
+    const { supervisor, ids } = await workers.start();
+    const before = (await workers.record(ids[0]!))!;
     process.kill(before.processId, 'SIGKILL');
-    const after = await eventually('a new incarnation', async () => {
-      const now = await record(ids[0]!);
-      return now !== undefined && now.incarnation !== before.incarnation ? now : undefined;
-    });
+    const after = await workers.successor(before);
     expect(after.id).to.equal(before.id);
     expect(supervisor.workers()).to.deep.equal([{ id: ids[0], pid: after.processId }]);
-    expect(exits()[0]).to.include({ signal: 'SIGKILL' });
-    expect(exits()[0]!.restartInMs).to.be.within(25, 50);
+    expect(workers.exits[0]).to.include({ signal: 'SIGKILL' });
+    expect(workers.exits[0]!.restartInMs).to.be.within(25, 50);
   });
 
   it('are given up when a restart cures nothing, and the supervisor says why', async () => {
     await world.redis.config('SET', 'maxmemory-policy', 'allkeys-lru');
-    const supervisor = startSupervisor({ config: world.config, device: { library: 'cpu', indices: 'cpu' }, count: 1, idPrefix: 'refused', onEvent: (event) => log.push(event) });
-    supervisors.push(supervisor);
+    const supervisor = workers.supervise();
     const ready = await supervisor.ready.then(() => undefined, (error: unknown) => error);
     const ended = await supervisor.ended.then(() => undefined, (error: unknown) => error);
     await world.redis.config('SET', 'maxmemory-policy', 'noeviction');
@@ -127,19 +76,18 @@ describe('worker processes', function () {
   });
 
   it('that served once are not given up: what is refused later may be cured', async () => {
-    const { ids } = await start();
-    const before = (await record(ids[0]!))!;
+    const { ids } = await workers.start();
+    const before = (await workers.record(ids[0]!))!;
     await world.redis.config('SET', 'requirepass', 'another');
     process.kill(before.processId, 'SIGKILL');
-    await eventually('a process that is refused', () => (exits().some(({ error, restartInMs }) => error?.code === 'REDIS_AUTH' && restartInMs !== null) ? true : undefined));
+    await until('a process that is refused', () => workers.exits.some(({ error, restartInMs }) => error?.code === 'REDIS_AUTH' && restartInMs !== null));
     await world.redis.config('SET', 'requirepass', PASSWORD);
-    await eventually('a new incarnation', async () => ((await record(ids[0]!))?.incarnation === before.incarnation ? undefined : true));
+    await workers.successor(before);
   });
 
   it('do steps, report each of them, and show the replica', async () => {
-    const { ids } = await start();
-    const spec = newSpec('reports');
-    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { ids } = await workers.start();
+    const spec = await world.newRun();
     const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
     const progress: Result<'stepProgress'>[] = [];
     events.on('progress', ({ data }) => progress.push(parseResult('stepProgress', data)));
@@ -147,15 +95,14 @@ describe('worker processes', function () {
     expect(result).to.include({ worker: ids[0], fromStep: 0, stepsDone: 5, epoch: 0 });
     expect(progress.map(({ report }) => report)).to.deep.equal(result.reports);
     expect(result.reports.map(({ step }) => step)).to.deep.equal([1, 2, 3, 4, 5]);
-    await eventually('the replica in the heartbeat', async () => ((await record(ids[0]!))?.replica?.step === 5 ? true : undefined));
+    await until('the replica in the heartbeat', async () => (await workers.record(ids[0]!))?.replica?.step === 5);
     await world.redis.del(world.names.control(spec.name));
-    await eventually('a free device after the run', async () => ((await record(ids[0]!))?.replica === null ? true : undefined));
+    await until('a free device after the run', async () => (await workers.record(ids[0]!))?.replica === null);
   });
 
   it('give the bits of the local way in a flow of two workers, and leave nothing behind', async () => {
-    const { ids } = await start({ count: 2 });
-    const spec = newSpec('flow');
-    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { ids } = await workers.start({ count: 2 });
+    const spec = await world.newRun();
     const flows = new FlowProducer({ connection: world.connect(), prefix: world.config.redis.prefix });
     const { events } = await world.queue('train');
     const times: number[] = [];
@@ -175,8 +122,7 @@ describe('worker processes', function () {
       const own = await world.queue(workerQueue('train', id));
       return (await outcomeOf('digest', await own.queue.add('digest', { ...originOf(spec), step: 4 }), own.events)).digest;
     }));
-    const local = newSpec('flow-reference');
-    await world.control(local.name, { epoch: 0, command: 'run' });
+    const local = await world.newRun();
     const own = await world.queue(workerQueue('train', ids[0]!));
     await outcomeOf('steps', await addSteps(own.queue, local, 0, 4), own.events);
     const reference = await outcomeOf('digest', await own.queue.add('digest', { ...originOf(local), step: 4 }), own.events);
@@ -186,8 +132,8 @@ describe('worker processes', function () {
   });
 
   it('drop jobs of an older epoch and of runs that are over', async () => {
-    await start();
-    const spec = newSpec('fenced');
+    await workers.start();
+    const spec = world.spec('fenced');
     const { queue, events } = await world.queue('train');
     const over = await queue.add('shard', { ...originOf(spec), step: 1, shard: 0 }, { attempts: 5 });
     expect((await failureOf(over, events)).code).to.equal('CANCELLED');
@@ -199,15 +145,13 @@ describe('worker processes', function () {
   });
 
   it('stop at a step boundary on yield, at once on stop, and drop on a new epoch, by the channel and without it', async () => {
-    const { ids } = await start();
-    const spec = newSpec('controlled', { steps: 100_000, optimizer: { ...newSpec('x').optimizer, warmupSteps: 0 } });
+    const { ids } = await workers.start();
+    const spec = world.spec('controlled', { steps: 100_000, optimizer: { warmupSteps: 0 } });
     const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
     let done = 0;
     for (const [command, epoch, publish] of [['yield', 0, true], ['stop', 0, true], ['yield', 0, false]] as const) {
       await world.control(spec.name, { epoch, command: 'run' });
-      const progressed = once(events, 'progress');
-      const job = await addSteps(queue, spec, done, 50_000);
-      await progressed;
+      const job = await stepsUnderWay({ queue, events }, spec, done, 50_000);
       if (publish) await world.control(spec.name, { epoch, command });
       else await world.redis.set(world.names.control(spec.name), JSON.stringify({ epoch, command }));
       const result = await outcomeOf('steps', job, events);
@@ -216,38 +160,29 @@ describe('worker processes', function () {
       done += result.stepsDone;
     }
     await world.control(spec.name, { epoch: 0, command: 'run' });
-    const progressed = once(events, 'progress');
-    const job = await addSteps(queue, spec, done, 50_000);
-    await progressed;
+    const job = await stepsUnderWay({ queue, events }, spec, done, 50_000);
     await world.control(spec.name, { epoch: 1, command: 'run' });
     expect((await failureOf(job, events)).code).to.equal('CANCELLED');
-    await eventually('an idle worker', async () => ((await record(ids[0]!))?.state === 'idle' ? true : undefined));
+    await until('an idle worker', async () => (await workers.record(ids[0]!))?.state === 'idle');
   });
 
   it('finish the step at hand on SIGTERM, and another worker goes on with the same bits', async () => {
-    const { supervisor, ids } = await start();
-    const spec = newSpec('drained', { steps: 100_000 });
-    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { supervisor, ids } = await workers.start();
+    const spec = await world.newRun({ steps: 100_000 });
     const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
-    const progressed = once(events, 'progress');
-    const job = await addSteps(queue, spec, 0, 50_000);
-    await progressed;
+    const job = await stepsUnderWay({ queue, events }, spec, 0, 50_000);
     const [result] = await Promise.all([outcomeOf('steps', job, events), supervisor.stop()]);
     expect(result.stepsDone).to.be.within(1, 10_000);
-    expect(await record(ids[0]!)).to.equal(undefined);
-    expect(exits().at(-1)).to.include({ code: 0 });
+    expect(await workers.record(ids[0]!)).to.equal(undefined);
+    expect(workers.exits.at(-1)).to.include({ code: 0 });
   });
 
   it('give a job of a shared queue back when they are busy, so that an idle one takes it', async () => {
-    const { ids } = await start({ count: 2 });
-    const spec = newSpec('long', { steps: 100_000 });
-    const other = newSpec('short');
-    await world.control(spec.name, { epoch: 0, command: 'run' });
-    await world.control(other.name, { epoch: 0, command: 'run' });
+    const { ids } = await workers.start({ count: 2 });
+    const spec = await world.newRun({ steps: 100_000 });
+    const other = await world.newRun();
     const own = await world.queue(workerQueue('train', ids[0]!));
-    const progressed = once(own.events, 'progress');
-    const long = await addSteps(own.queue, spec, 0, 90_000);
-    await progressed;
+    const long = await stepsUnderWay(own, spec, 0, 90_000);
     const shared = await world.queue('train');
     for (let shard = 0; shard < 4; shard++) {
       const result = await outcomeOf('shard', await shared.queue.add('shard', { ...originOf(other), step: 1, shard }), shared.events);
@@ -258,21 +193,18 @@ describe('worker processes', function () {
   });
 
   it('lose nothing to SIGKILL: the job is done again, by the process that comes after', async () => {
-    const { supervisor, ids } = await start();
-    const spec = newSpec('killed', { steps: 60 });
-    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { supervisor, ids } = await workers.start();
+    const spec = await world.newRun({ steps: 60 });
     const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
-    const progressed = once(events, 'progress');
-    const job = await addSteps(queue, spec, 0, 60);
-    await progressed;
+    const job = await stepsUnderWay({ queue, events }, spec, 0, 60);
     process.kill(supervisor.workers()[0]!.pid, 'SIGKILL');
     const result = await outcomeOf('steps', job, events);
     expect(result.stepsDone).to.equal(60);
-    expect(exits()).to.have.lengthOf(1);
+    expect(workers.exits).to.have.lengthOf(1);
   });
 
   it('fail a job that they do not know, or cannot understand, once and for all', async () => {
-    await start();
+    await workers.start();
     const { queue, events } = await world.queue('train');
     const unknown = await queue.add('dance', {}, { attempts: 5 });
     expect((await failureOf(unknown, events)).code).to.equal('MESSAGE_INVALID');
@@ -284,9 +216,8 @@ describe('worker processes', function () {
   });
 
   it('carry the code of an expected failure, and retry what may be retried', async () => {
-    await start();
-    const spec = newSpec('lost');
-    await world.control(spec.name, { epoch: 0, command: 'run' });
+    await workers.start();
+    const spec = await world.newRun();
     const { queue, events } = await world.queue('train');
     const job = await queue.add('shard', { ...originOf(spec), step: 3, shard: 0 }, { attempts: 2, backoff: { type: 'fixed', delay: 10 } });
     const failure = await failureOf(job, events);
@@ -299,24 +230,20 @@ describe('worker processes', function () {
   });
 
   it('report a fault and exit, and come back', async () => {
-    const { ids } = await start();
-    const spec = newSpec('diverged');
-    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { ids } = await workers.start();
+    const spec = await world.newRun();
     const { queue, events } = await world.queue('train');
     const shard = { ...originOf(spec), step: 1, shard: 0 };
     const published = await outcomeOf('shard', await queue.add('shard', shard), events);
     await world.exchange.set(published.key, JSON.stringify({ ...published, digest: 'f'.repeat(32) }));
     await world.exchange.del(`${published.key}:0`);
-    const before = (await record(ids[0]!))!.incarnation;
+    const before = (await workers.record(ids[0]!))!;
     const failure = await failureOf(await queue.add('shard', shard), events);
     expect(failure.code).to.equal('REPLICA_DIVERGED');
-    const exit = await eventually('the exit', () => exits()[0]);
+    const exit = await eventually('the exit', () => workers.exits[0]);
     expect(exit).to.include({ code: 75 });
     expect(exit.error!.code).to.equal('REPLICA_DIVERGED');
-    await eventually('a new incarnation', async () => {
-      const now = (await record(ids[0]!))?.incarnation;
-      return now !== undefined && now !== before ? true : undefined;
-    });
+    await workers.successor(before);
   });
 
   it('die with their supervisor', async () => {
@@ -326,34 +253,31 @@ describe('worker processes', function () {
     const [pids] = (await heard) as [number[]];
     expect(pids).to.have.lengthOf(2);
     child.kill('SIGKILL');
-    for (const pid of pids) await eventually(`the end of ${pid}`, () => (isAlive(pid) ? undefined : true));
+    for (const pid of pids) await until(`the end of ${pid}`, () => !isAlive(pid));
   });
 
   it('exit when a native call hangs, having failed its job, and come back', async () => {
     const config = { ...world.config, worker: { ...world.config.worker, callTimeoutMs: 1_000 } };
-    const { ids } = await start({ config });
-    // One microbatch of this spec takes many times the timeout on one core.
-    const spec = newSpec('hung', { model: PRESETS_WIDE, batch: { shards: 1, microBatches: 1, sequences: 8, sequenceLength: 512 }, recompute: 'layer' });
-    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { ids } = await workers.start({ config });
+    const spec = await world.newRun(SLOW_MICROBATCH);
     const { queue, events } = await world.queue(workerQueue('train', ids[0]!));
     const failure = await failureOf(await addSteps(queue, spec, 0, 1), events);
     expect(failure).to.deep.include({ code: 'DEVICE_FAULT', context: { hung: true } });
-    const exit = await eventually('the exit', () => exits()[0]);
+    const exit = await eventually('the exit', () => workers.exits[0]);
     expect(exit).to.include({ signal: 'SIGKILL' });
     expect(exit.error!.code).to.equal('DEVICE_FAULT');
-    await eventually('another process', () => log.filter(({ type }) => type === 'ready').at(1));
+    await eventually('another process', () => workers.log.filter(({ type }) => type === 'ready').at(1));
   });
 
   it('evaluate a checkpoint and continue prompts with it, beside a replica', async () => {
-    const { ids } = await start();
+    const { ids } = await workers.start();
     const text = join(world.directory, 'text.txt');
     const words = Array.from({ length: 20_000 }, (_, index) => `w${((index * 7919) % 997).toString(36)}`);
     writeFileSync(text, words.join(' '));
     const tokenizer = join(world.directory, 'tokenizer.json');
     await trainTokenizer({ inputs: [text], output: tokenizer, vocabSize: 512 });
-    const base = newSpec('served');
-    const spec = { ...base, data: { ...base.data, tokenizer } };
-    await world.control(spec.name, { epoch: 0, command: 'run' });
+    const { data } = world.spec('data');
+    const spec = await world.newRun({ data: { ...data, tokenizer } });
     const own = await world.queue(workerQueue('train', ids[0]!));
     await outcomeOf('steps', await addSteps(own.queue, spec, 0, 3), own.events);
     const directory = join(world.directory, 'served', 'step-3');
@@ -382,15 +306,14 @@ describe('worker processes', function () {
   });
 
   it('wait for a Redis that was away, and serve again', async () => {
-    const { ids } = await start();
-    const before = (await record(ids[0]!))!;
+    const { ids } = await workers.start();
+    const before = (await workers.record(ids[0]!))!;
     await world.killRedis();
     await world.startRedis();
-    await eventually('a heartbeat after the outage', async () => ((await record(ids[0]!))!.heartbeatAtMs > before.heartbeatAtMs ? true : undefined));
-    const spec = newSpec('after-outage');
-    await world.control(spec.name, { epoch: 0, command: 'run' });
+    await until('a heartbeat after the outage', async () => (await workers.record(ids[0]!))!.heartbeatAtMs > before.heartbeatAtMs);
+    const spec = await world.newRun();
     const { queue, events } = await world.queue('train');
     await outcomeOf('shard', await queue.add('shard', { ...originOf(spec), step: 1, shard: 0 }), events);
-    expect((await record(ids[0]!))!.incarnation).to.equal(before.incarnation);
+    expect((await workers.record(ids[0]!))!.incarnation).to.equal(before.incarnation);
   });
 });

@@ -5,7 +5,6 @@
 import { cpSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { expect } from 'chai';
-import { errorCode } from '../../config/errors.ts';
 import type { Control } from '../../config/keys.ts';
 import type { Result, StepReport } from '../../config/messages.ts';
 import { parameterCount, parameterShapes } from '../../config/presets.ts';
@@ -15,7 +14,8 @@ import { RedisExchange } from '../../workers/exchange/redis.ts';
 import { Replica } from '../../workers/replica.ts';
 import { Places } from '../../workers/places.ts';
 import { Signals } from '../../workers/signals.ts';
-import { World, originOf } from './worker-helpers.ts';
+import { codeOf } from '../support/code-of.ts';
+import { WorkerWorld, originOf } from '../support/worker-world.ts';
 
 /** One worker's compute side. */
 class Bench {
@@ -26,7 +26,7 @@ class Bench {
   /** What the orchestrator wants. */
   control: Control | null = { epoch: 0, command: 'run' };
 
-  constructor(world: World, spec: RunSpec, worker: string) {
+  constructor(world: WorkerWorld, spec: RunSpec, worker: string) {
     this.exchange = new RedisExchange({ url: world.config.redis.exchangeUrl, config: world.config, beat: () => this.signals.checkStop() });
     const control = (): Promise<Control | null> => Promise.resolve(this.control);
     this.replica = new Replica({ control, device: this.device, exchange: this.exchange, signals: this.signals, places: new Places(), config: world.config, worker, run: spec.name, spec });
@@ -45,15 +45,6 @@ const withoutTime = (report: StepReport): Omit<StepReport, 'milliseconds'> => {
   return rest;
 };
 
-const codeOf = async (work: Promise<unknown>): Promise<string | undefined> => {
-  try {
-    await work;
-  } catch (error) {
-    return errorCode(error) ?? String(error);
-  }
-  return undefined;
-};
-
 const SHAPES: Record<string, RunSpec['batch']> = {
   'four shards': { shards: 4, microBatches: 1, sequences: 2, sequenceLength: 32 },
   'four shards of two microbatches': { shards: 4, microBatches: 2, sequences: 1, sequenceLength: 32 },
@@ -61,7 +52,7 @@ const SHAPES: Record<string, RunSpec['batch']> = {
 };
 
 describe('replica', () => {
-  let world: World;
+  let world: WorkerWorld;
   const benches: Bench[] = [];
   let runs = 0;
 
@@ -89,7 +80,7 @@ describe('replica', () => {
   };
 
   before(async () => {
-    world = await World.start();
+    world = await WorkerWorld.start();
   });
   afterEach(async () => {
     for (const each of benches.splice(0)) each.close();
@@ -320,7 +311,7 @@ describe('replica', () => {
   });
 
   it('keeps the newest sums only, as many as the log may hold, and says how far back they go', async () => {
-    const small = await World.start({ exchange: { logBytes: 0 } });
+    const small = await WorkerWorld.start({ exchange: { logBytes: 0 } });
     try {
       const spec = small.spec('bounded');
       const one = new Bench(small, spec, 'w');

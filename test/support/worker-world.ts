@@ -1,6 +1,7 @@
 /**
- * What the system tests of workers share: a config for the test Redis, a small token file, run specs of preset `tiny`, and the
- * orchestrator's part of the protocol done by hand (control keys, jobs). Used by test/system/worker-*.test.ts.
+ * The world of a worker under test, without the worker: both Redis servers, a config that points there, tokens, and the
+ * orchestrator's part of the protocol to be done by hand (control keys, queues, what a job says of its run). It starts no worker:
+ * worker-processes.ts does. Used by test/system/worker-*.test.ts.
  */
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -15,23 +16,12 @@ import { parseRunSpec } from '../../config/run-spec.ts';
 import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
 import type { Config } from '../../config/schema.ts';
-import { TokenFileWriter } from '../../data/token-file.ts';
-import { startTestRedis } from '../support/redis.ts';
-import type { TestRedis } from '../support/redis.ts';
-
-/** Waits until `probe` gives something, looking every few milliseconds; throws after `limitMs`, naming `what`. */
-export async function eventually<Value>(what: string, probe: () => Value | undefined | Promise<Value | undefined>, limitMs = 20_000): Promise<Value> {
-  const until = Date.now() + limitMs;
-  for (;;) {
-    const value = await probe();
-    if (value !== undefined) return value;
-    if (Date.now() > until) throw new Error(`${what}: not within ${limitMs} ms`);
-    await new Promise((resolve) => setTimeout(resolve, 10));
-  }
-}
+import { startTestRedis } from './redis.ts';
+import type { TestRedis } from './redis.ts';
+import { tinySpec, writeTinyData } from './tiny-runs.ts';
 
 /** One directory, both Redis servers, and a config that points there. */
-export class World {
+export class WorkerWorld {
   readonly directory = mkdtempSync(join(tmpdir(), 'nn-worker-'));
   readonly config: Config;
   /** The Redis of the queues, and that of the exchange. */
@@ -41,9 +31,10 @@ export class World {
   readonly #servers: TestRedis;
   readonly #queues: { close(): Promise<void> }[] = [];
   readonly #connections: Redis[] = [];
+  #runs = 0;
 
-  static async start(overrides: Record<string, object> = {}): Promise<World> {
-    return new World(await startTestRedis(), overrides);
+  static async start(overrides: Record<string, object> = {}): Promise<WorkerWorld> {
+    return new WorkerWorld(await startTestRedis(), overrides);
   }
 
   private constructor(servers: TestRedis, overrides: Record<string, object>) {
@@ -60,7 +51,7 @@ export class World {
     this.names = keys(this.config.redis.prefix);
     this.redis = this.connect();
     this.exchange = this.connect(exchangeUrl);
-    this.tokenFile();
+    writeTinyData(this);
   }
 
   connect(url = this.#servers.url): Redis {
@@ -96,9 +87,11 @@ export class World {
     return { queue, events };
   }
 
-  async control(run: string, control: Control): Promise<void> {
-    await this.redis.set(this.names.control(run), JSON.stringify(control));
-    await this.redis.publish(this.names.controlChannel, run);
+  /** What the run is told, or (null) that it is over. A worker must see it by itself too when no message is `published`. */
+  async control(run: string, control: Control | null, published = true): Promise<void> {
+    if (control === null) await this.redis.del(this.names.control(run));
+    else await this.redis.set(this.names.control(run), JSON.stringify(control));
+    if (published) await this.redis.publish(this.names.controlChannel, run);
   }
 
   async stop(): Promise<void> {
@@ -108,31 +101,15 @@ export class World {
     rmSync(this.directory, { recursive: true, force: true });
   }
 
-  /** A token file of `count` tokens below 512 in a fixed order that has something to learn. */
-  tokenFile(name = 'tokens.bin', count = 20_000): string {
-    const path = join(this.directory, name);
-    const writer = new TokenFileWriter(path, { vocabSize: 512, tokenizerDigest: null });
-    let state = 12345;
-    writer.append(
-      Array.from({ length: count }, (_, index) => {
-        state = (Math.imul(state, 1103515245) + 12345) >>> 0;
-        return 4 + ((index * 7 + (state >>> 28)) % 500);
-      }),
-    );
-    writer.finish();
-    return path;
+  spec(name: string, changes: Partial<RunSpecInput> = {}): RunSpec {
+    return parseRunSpec(tinySpec(this, name, { seed: 7, ...changes }));
   }
 
-  spec(name: string, more: Partial<RunSpecInput> = {}): RunSpec {
-    return parseRunSpec({
-      name,
-      model: 'tiny',
-      data: { train: join(this.directory, 'tokens.bin') },
-      seed: 7,
-      steps: 12,
-      batch: { shards: 4, microBatches: 1, sequences: 2, sequenceLength: 32 },
-      ...more,
-    });
+  /** The spec of a run that no other has the name of, and that workers are told to run. */
+  async newRun(changes: Partial<RunSpecInput> = {}): Promise<RunSpec> {
+    const spec = this.spec(`run-${this.#runs++}`, changes);
+    await this.control(spec.name, { epoch: 0, command: 'run' });
+    return spec;
   }
 }
 

@@ -1,6 +1,6 @@
 /**
  * What is still to happen in a simulated world, by time: a binary heap. Of two things at one time the one that was put in first
- * happens first, so that a seed is one story. Used by world.ts.
+ * happens first, so that a seed is one story. Used by ground.ts.
  */
 
 interface Entry {

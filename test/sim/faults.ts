@@ -1,6 +1,6 @@
 /**
  * What goes wrong in a simulated world, and how often: chosen once for a world, from its seed. Half of the faults are absent from any
- * one of them, so that none is hidden by all the others. Used by world.ts.
+ * one of them, so that none is hidden by all the others. Used by ground.ts and world.ts.
  */
 
 /** mulberry32: small, seeded, good enough for choosing faults. */

@@ -3,7 +3,7 @@
  * in the plainest way, from the whole line of losses at every step. What any disturbed run must come to. Used by run-machine.test.ts.
  */
 import type { RunSpec } from '../../config/run-spec.ts';
-import { chainAt } from './world.ts';
+import { chainAt } from './chain.ts';
 
 export interface Outcome {
   readonly phase: 'completed' | 'failed';

@@ -6,6 +6,7 @@ import { isMainThread, parentPort } from 'node:worker_threads';
 import { expect } from 'chai';
 import { branchOf, checkpointName } from '../../config/branches.ts';
 import { checkHistory } from '../support/history.ts';
+import { weightsDigest as digestOfWeights } from './chain.ts';
 import { outcomeOf } from './reference.ts';
 import { MAX_KILLS, World } from './world.ts';
 
@@ -66,7 +67,7 @@ export function expectOutcome({ finished, metrics, spec, rollbacks, curse, struc
   expect(finished!.rollbacks).to.deep.equal(rollbacks);
   if (phase === 'failed') expect(error).to.include({ code: 'LOSS_SPIKE' });
   else {
-    expect(weightsDigest).to.equal(digestOf(wanted.state));
+    expect(weightsDigest).to.equal(digestOfWeights(wanted.state));
     expect(checkpoint?.step).to.equal(spec.steps);
     expect(checkpoint?.directory).to.equal(`runs/sim.1/checkpoints/${checkpointName(spec.steps, branchOf(rollbacks, spec.steps))}`);
   }
@@ -75,11 +76,6 @@ export function expectOutcome({ finished, metrics, spec, rollbacks, curse, struc
 function expectHistory({ spec, history, metrics, rollbacks }: World): void {
   const context = { steps: spec.steps, shards: spec.batch.shards, metrics: metrics.map(({ step }) => step), rollbacks };
   expect(checkHistory(history, context).violations.join('; ')).to.equal('');
-}
-
-/** The digest of a last version's weights, as the world has it. */
-function digestOf(state: number): string {
-  return ((Math.imul(state ^ 8, 0x9e3779b1) + 8) >>> 0).toString(16).padStart(8, '0').repeat(4);
 }
 
 /** Runs these seeds until one fails. */

@@ -2,6 +2,8 @@
  * Starts the parts that make a place where runs can happen: Redis (embedded, unless one is configured), the orchestrator,
  * workers, the HTTP server; each is stopped, newest first, by the command's lifetime. Knows nothing of what the runs are.
  * Called by the service commands, by `demo`, and by `eval` and `generate` when nothing is up.
+ *
+ * What stands on BullMQ or serves HTTP is imported where it is used: loading that takes longer than most commands do.
  */
 import { mkdtempSync, rmSync } from 'node:fs';
 import { availableParallelism, hostname, tmpdir } from 'node:os';
@@ -10,9 +12,7 @@ import { NnError, errorCode } from '../config/errors.ts';
 import { checkRedis, redisAddresses } from '../config/redis.ts';
 import type { Config } from '../config/schema.ts';
 import { describeDevices, whyNoDevice } from '../cuda/device.ts';
-import { Client } from '../orchestrator/client.ts';
-import { startOrchestrator } from '../orchestrator/main.ts';
-import { startServer } from '../orchestrator/server/server.ts';
+import type { Client } from '../orchestrator/client.ts';
 import { startSupervisor } from '../workers/main.ts';
 import { StoreClient } from '../workers/store-client.ts';
 import type { Supervisor, SupervisorEvent } from '../workers/main.ts';
@@ -61,18 +61,26 @@ export async function connect(life: Lifetime, config: Config): Promise<Client> {
     throw new NnError('REDIS_UNAVAILABLE', `nothing runs here (no \`cuda-nn up\` in ${config.home}); start one, or set CUDA_NN_REDIS_URL`);
   }
   await checkRedis(redisAddresses(config).url, config);
+  return openClient(life, config);
+}
+
+/** A client that the command's end closes. */
+export async function openClient(life: Lifetime, config: Config): Promise<Client> {
+  const { Client } = await import('../orchestrator/client.ts');
   const client = new Client({ config });
   life.defer('client', () => client.close());
   return client;
 }
 
 export async function runOrchestrator(life: Lifetime, config: Config): Promise<void> {
+  const { startOrchestrator } = await import('../orchestrator/main.ts');
   const orchestrator = await startOrchestrator({ config, logger: createLogger(config) });
   life.defer('orchestrator', () => orchestrator.stop());
 }
 
 /** Throws PORT_IN_USE. */
 export async function runServer(life: Lifetime, config: Config, client: Client): Promise<{ readonly url: string }> {
+  const { startServer } = await import('../orchestrator/server/server.ts');
   const server = await startServer({ config, client, logger: createLogger(config) });
   life.defer('server', () => server.stop());
   return server;
@@ -160,7 +168,5 @@ export async function borrowWorker(life: Lifetime, config: Config): Promise<Clie
   const own: Config = { ...withoutStore(config), home, runs: join(home, 'runs') };
   await life.until(provideRedis(life, own, () => undefined));
   await life.until(runWorkers(life, own, { gpus: findGpus('all'), threads: config.worker.threads }));
-  const client = new Client({ config: own });
-  life.defer('client', () => client.close());
-  return client;
+  return openClient(life, own);
 }

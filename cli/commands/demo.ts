@@ -22,7 +22,6 @@ import { demoText } from '../../data/book.ts';
 import { prepareData } from '../../data/prepare.ts';
 import { TokenFile } from '../../data/token-file.ts';
 import { Tokenizer, trainTokenizer } from '../../data/tokenizer.ts';
-import { Client } from '../../orchestrator/client.ts';
 import type { Supervisor } from '../../workers/main.ts';
 import { followRun } from '../follow.ts';
 import { withLifetime } from '../lifetime.ts';
@@ -30,7 +29,7 @@ import type { Lifetime } from '../lifetime.ts';
 import { parseWhole } from '../options.ts';
 import { ProgressBar, fields, formatCount, formatDuration, note, paint, printResult, wrap } from '../output.ts';
 import { showTraining } from './data.ts';
-import { provideRedis, runOrchestrator, runWorkers } from '../stack.ts';
+import { openClient, provideRedis, runOrchestrator, runWorkers } from '../stack.ts';
 
 const RUN = 'demo';
 const VOCABULARY = 4096;
@@ -178,8 +177,7 @@ async function demo(options: DemoOptions): Promise<void> {
     const { spec, prompt } = await prepare(life, directory, options);
     await life.until(runOrchestrator(life, config));
     const supervisor = await life.until(runWorkers(life, config, { gpus: [], count: options.workers, threads: config.worker.threads }));
-    const client = new Client({ config });
-    life.defer('client', () => client.close());
+    const client = await openClient(life, config);
     const run = await life.until(client.train(spec));
     note(`training      preset demo, ${formatCount(options.steps)} steps of 2,048 tokens, ${options.workers} worker${options.workers === 1 ? '' : 's'}`);
     const kill = assassin(supervisor, options.killWorkerAt);

@@ -6,7 +6,6 @@ import { expect } from 'chai';
 import { spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import { mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
-import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { NnError } from '../../config/errors.ts';
@@ -18,6 +17,7 @@ import { loadConfig, packageRoot } from '../../config/schema.ts';
 import { makeCertificates, whyNoCertificates } from '../support/certificates.ts';
 import type { Certificates } from '../support/certificates.ts';
 import { startCluster } from '../support/cluster.ts';
+import { freePort } from '../support/ports.ts';
 import { tinySpec } from '../support/tiny-runs.ts';
 import { eventually } from '../support/wait.ts';
 
@@ -67,15 +67,6 @@ class GuardedRedis {
     }
     rmSync(this.directory, { recursive: true, force: true });
   }
-}
-
-function freePort(): Promise<number> {
-  return new Promise((resolve) => {
-    const server = createServer().listen(0, '127.0.0.1', () => {
-      const { port } = server.address() as { port: number };
-      server.close(() => resolve(port));
-    });
-  });
 }
 
 /** What checkRedis says of an address: an error, or null. */

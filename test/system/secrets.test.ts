@@ -7,12 +7,12 @@ import { expect } from 'chai';
 import { spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import { mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
-import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { aclRules } from '../../config/redis-commands.ts';
 import { openRedis } from '../../config/redis.ts';
 import { childEnvironment, loadConfig } from '../../config/schema.ts';
+import { freePort } from '../support/ports.ts';
 import { Workplace } from './cli-harness.ts';
 import type { Running } from './cli-harness.ts';
 import { eventually } from '../support/wait.ts';
@@ -25,14 +25,6 @@ const SECRETS = {
   'password that is wrong': 'Wr0ngPassword-8d1c',
   'token that is wrong': 'Wr0ngToken-5e4f3a2b1c',
 };
-
-const freePort = (): Promise<number> =>
-  new Promise((resolve) => {
-    const server = createServer().listen(0, '127.0.0.1', () => {
-      const { port } = server.address() as { port: number };
-      server.close(() => resolve(port));
-    });
-  });
 
 /** Processes below `pid`, with their arguments and what their environment was when they began. */
 function descendants(pid: number): { pid: number; arguments: string; environment: string }[] {

@@ -39,7 +39,7 @@ describe('training through the queue', function () {
   let reference: RunRecord;
 
   before(async () => {
-    cluster = await startCluster({ workers: 3 });
+    cluster = await startCluster({ workers: 3, settings: { orchestrator: { eventsExpireSeconds: 2 } } });
     await cluster.client.train(tinySpec(cluster, 'alone', { parallelism: 1 }));
     reference = (await finish(cluster, 'alone')).record;
   });

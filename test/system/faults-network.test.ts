@@ -125,8 +125,13 @@ describe('faults: Redis and the network', function () {
     disturbed('policy', 2, async (name) => {
       await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'allkeys-lru');
       try {
-        const noticed = async (): Promise<boolean> => (await stack.client.run(name).record()).faults.some(({ error }) => error.code === 'REDIS_POLICY');
-        await until('the fault', noticed, 20_000);
+        const noticed = async (): Promise<boolean> => {
+          const { faults, phase, step, epoch, way } = await stack.client.run(name).record();
+          if (faults.some(({ error }) => error.code === 'REDIS_POLICY')) return true;
+          if (phase === 'completed') throw new Error(`the run was over first: ${JSON.stringify({ step, epoch, way, faults })}`);
+          return false;
+        };
+        await until('the fault', noticed, 60_000);
       } finally {
         await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'noeviction');
       }

@@ -21,15 +21,16 @@ import { WorkerWorld, originOf } from '../support/worker-world.ts';
 /** A tokenizer that its reader waits for. */
 class SlowFile {
   readonly path: string;
+  #descriptor: number | undefined;
 
   constructor(path: string) {
     this.path = path;
     execFileSync('mkfifo', [path]);
   }
 
-  /** Gives it to whoever waits for it, once somebody does. */
-  async give(): Promise<void> {
-    const descriptor = await eventually('a reader of the tokenizer', () => {
+  /** Once somebody waits for it, who then waits until it is given. */
+  async awaited(): Promise<void> {
+    this.#descriptor ??= await eventually('a reader of the tokenizer', () => {
       try {
         return openSync(this.path, constants.O_WRONLY | constants.O_NONBLOCK);
       } catch (error) {
@@ -37,6 +38,13 @@ class SlowFile {
         throw error;
       }
     });
+  }
+
+  /** Gives it to whoever waits for it, once somebody does. */
+  async give(): Promise<void> {
+    await this.awaited();
+    const descriptor = this.#descriptor!;
+    this.#descriptor = undefined;
     writeSync(descriptor, '{}');
     closeSync(descriptor);
   }
@@ -168,7 +176,7 @@ describe('checkpoints beside training', function () {
       await world.control(spec.name, { epoch: 0, command: 'run' });
       const step = epoch + (command === 'stop' ? 1 : 0);
       const job = await bench.queue.add('checkpoint', { ...originOf(spec), step: 0, directory: placeOf(spec, step) });
-      await inTheMiddle(spec);
+      await slow.awaited(); // a writer that is told before it waits may never come to that
       await world.control(spec.name, { epoch, command });
       // Twice as long as the worker needs to see it even when its message is lost.
       await new Promise((resolve) => setTimeout(resolve, 2 * world.config.worker.controlPollMs));
@@ -177,7 +185,7 @@ describe('checkpoints beside training', function () {
     }
     await world.control(spec.name, { epoch: 0, command: 'run' });
     const job = await save(bench, spec, 0);
-    await inTheMiddle(spec);
+    await slow.awaited();
     await world.control(spec.name, null);
     await new Promise((resolve) => setTimeout(resolve, 2 * world.config.worker.controlPollMs));
     await slow.give();

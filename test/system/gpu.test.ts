@@ -11,6 +11,7 @@ import type { DecoderOptions, GenerateOptions } from '../../workers/model/decode
 import { Trainer } from '../../workers/model/trainer.ts';
 import type { TrainerOptions } from '../../workers/model/trainer.ts';
 import { whyNoGpu } from '../support/gpu.ts';
+import { expectSameState } from '../support/same-state.ts';
 
 const reason = whyNoGpu();
 const COUNT = 15;
@@ -150,34 +151,7 @@ if (reason !== undefined) process.stderr.write(`skipped: ${COUNT} tests of train
       try {
         for (const trainer of [whole, halves]) trainer.initialise(5);
         other.initialise(6);
-        expect(halves.stateDigest()).to.equal(whole.stateDigest());
-        for (let step = 1; step <= 3; step++) {
-          const gradient = new Float32Array(whole.flatLength); // zero in the padding
-          for (const { offset, length } of whole.parameters) {
-            for (let at = offset; at < offset + length; at++) gradient[at] = ((Math.imul(at + 1, 2_654_435_761) >>> (step % 8)) % 2001) * 1e-6;
-          }
-          for (const trainer of [whole, halves]) {
-            trainer.beginStep();
-            trainer.writeGradient(0, gradient);
-            expect(trainer.applyStep(step).skipped).to.equal(false);
-          }
-          expect(halves.stateDigest()).to.equal(whole.stateDigest());
-        }
-        expect(halves.weightsDigest()).to.equal(whole.weightsDigest());
-        for (const parameter of halves.parameters) {
-          for (const kind of ['weight', 'm', 'v'] as const) {
-            const [wanted, given] = [new Float32Array(parameter.length), new Float32Array(parameter.length)];
-            whole.readState(kind, parameter, wanted);
-            halves.readState(kind, parameter, given);
-            expect(Buffer.compare(Buffer.from(given.buffer), Buffer.from(wanted.buffer)), `${kind} of ${parameter.name}`).to.equal(0);
-            other.writeState(kind, parameter, given);
-          }
-        }
-        expect(other.stateDigest()).to.equal(whole.stateDigest());
-        const [flat, flatWanted] = [new Float32Array(1 << 20), new Float32Array(1 << 20)];
-        halves.readFlat('weight', 1_000_003, flat);
-        whole.readFlat('weight', 1_000_003, flatWanted);
-        expect(Buffer.compare(Buffer.from(flat.buffer), Buffer.from(flatWanted.buffer))).to.equal(0);
+        expectSameState([whole, halves, other], (at, step) => ((Math.imul(at + 1, 2_654_435_761) >>> (step % 8)) % 2001) * 1e-6, { offset: 1_000_003, length: 1 << 20 });
         // What is computed with went along.
         const batch = batchOf(1, all);
         expect(other.evaluate(batch)).to.deep.equal(halves.evaluate(batch));

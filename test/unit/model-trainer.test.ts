@@ -10,6 +10,7 @@ import type { ModelConfig } from '../../config/presets.ts';
 import { Device } from '../../cuda/device.ts';
 import { Trainer, memoryPlan } from '../../workers/model/trainer.ts';
 import type { TrainerOptions } from '../../workers/model/trainer.ts';
+import { expectSameState } from '../support/same-state.ts';
 
 /** Odd sizes, and more experts than a token's choices reach in a short batch. */
 const odd: ModelConfig = { ...PRESETS.tiny, vocabSize: 61, hiddenSize: 36, queryHeads: 6, kvHeads: 2, headSize: 6, layers: 3, experts: 5, expertsPerToken: 3, ffnSize: 20 };
@@ -260,31 +261,7 @@ describe('trainer', () => {
       try {
         for (const trainer of [whole, halves]) trainer.initialise(7);
         other.initialise(8);
-        const gradient = new Float32Array(whole.flatLength); // zero in the padding
-        for (let step = 1; step <= 3; step++) {
-          for (const { offset, length } of whole.parameters) for (let at = offset; at < offset + length; at++) gradient[at] = Math.sin(at * step) * 1e-2;
-          for (const trainer of [whole, halves]) {
-            trainer.beginStep();
-            trainer.writeGradient(0, gradient);
-            expect(trainer.applyStep(step).skipped).to.equal(false);
-          }
-          expect(halves.stateDigest()).to.equal(whole.stateDigest());
-        }
-        expect(halves.weightsDigest()).to.equal(whole.weightsDigest());
-        for (const parameter of whole.parameters) {
-          for (const kind of ['weight', 'm', 'v'] as const) {
-            const [wanted, given] = [new Float32Array(parameter.length), new Float32Array(parameter.length)];
-            whole.readState(kind, parameter, wanted);
-            halves.readState(kind, parameter, given);
-            expect(given).to.deep.equal(wanted);
-            other.writeState(kind, parameter, given);
-          }
-        }
-        expect(other.stateDigest()).to.equal(halves.stateDigest());
-        const [flat, flatWanted] = [new Float32Array(5000), new Float32Array(5000)];
-        halves.readFlat('weight', 1003, flat);
-        whole.readFlat('weight', 1003, flatWanted);
-        expect(flat).to.deep.equal(flatWanted);
+        expectSameState([whole, halves, other], (at, step) => Math.sin(at * step) * 1e-2, { offset: 1003, length: 5000 });
         expect(() => halves.readFlat('weight', 0, new Uint16Array(2))).to.throw('float32');
       } finally {
         for (const trainer of [whole, halves, other]) trainer.close();

@@ -14,8 +14,8 @@ __device__ __forceinline__ void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-/* The next kernel of the chain may start once every block has come here. Called after wait_for_previous, so that what the one before
- * wrote is there for the next one from its beginning. */
+/* The next kernel of the chain may start once every block has come here. Called after wait_for_previous (or by a kernel that is not
+ * chained itself), so that what the one before wrote is there for the next one from its beginning. */
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,6 +1,7 @@
 /* moe.cu: the mixture of experts: sorting slots by expert, the grouped products as Products (gather in the loads, SwiGLU in the
  * epilogues), and the sum of a token's slots in the order of its choices. Offsets are read on the device only.
  */
+#include "chain.cuh"
 #include "product.cuh"
 #include "sort.cuh"
 
@@ -16,25 +17,63 @@ __device__ __forceinline__ int expert_of(const int32_t *index, int64_t slot, int
 __global__ void __launch_bounds__(1024) permute_count_kernel(int32_t *histogram, const int32_t *index, int64_t slots, int experts) {
   extern __shared__ uint16_t counts[];
   __shared__ int total[SORT_BINS];
+  let_next_start();
   block_rank(expert_of(index, (int64_t)blockIdx.x * SORT_BLOCK + threadIdx.x, slots, experts), experts, counts, total);
   for (int b = threadIdx.x; b < experts; b += SORT_BLOCK) histogram[(int64_t)blockIdx.x * experts + b] = total[b];
 }
 
+/* At most this many blocks of slots: each block of the place kernel adds up all of the histogram, which is less than a kernel for it. */
+const int MOST_ADDED_BLOCKS = 256;
+
+/* place [blocks, E]: the histogram, or, where offsets are `known`, the places of each block's first slot of each expert. Ranks its slots while
+ * the kernel before it still runs. */
 __global__ void __launch_bounds__(1024)
-    permute_place_kernel(int32_t *slot_token, float *slot_weight, int32_t *slot_of, int32_t *load, const int32_t *place,
-                         const int32_t *offsets, const int32_t *index, const float *weight, int64_t slots, int experts, int K) {
+    permute_place_kernel(int32_t *offsets, int32_t *load, int32_t *slot_token, float *slot_weight, int32_t *slot_of, const int32_t *place,
+                         const int32_t *index, const float *weight, int64_t slots, int experts, int K, bool known) {
   extern __shared__ uint16_t counts[];
-  __shared__ int total[SORT_BINS];
-  int64_t slot = (int64_t)blockIdx.x * SORT_BLOCK + threadIdx.x;
-  int e = expert_of(index, slot, slots, experts), rank = block_rank(e, experts, counts, total);
+  __shared__ int total[SORT_BINS], first[SORT_BINS], start[SORT_BINS]; /* of this block's slots: each expert's place; of all: its offset */
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t slot = (int64_t)blockIdx.x * SORT_BLOCK + threadIdx.x;
+  const float w = slot < slots ? weight[slot] : 0.0f;
+  const int e = expert_of(index, slot, slots, experts), rank = block_rank(e, experts, counts, total);
+  wait_for_previous();
+  if (known) {
+    for (int b = threadIdx.x; b < experts; b += SORT_BLOCK) {
+      first[b] = __ldcg(place + (int64_t)blockIdx.x * experts + b), start[b] = __ldcg(offsets + b);
+      if (blockIdx.x == 0) load[b] = __ldcg(offsets + b + 1) - start[b];
+    }
+    __syncthreads();
+  } else {
+    for (int b = warp; b < experts; b += 32) {
+      int before = 0, all = 0;
+      for (int i = lane; i < gridDim.x; i += 32) {
+        const int count = __ldcg(place + i * experts + b);
+        all += count, before += i < blockIdx.x ? count : 0;
+      }
+      before = __reduce_add_sync(0xffffffffu, before), all = __reduce_add_sync(0xffffffffu, all);
+      if (lane == 0) first[b] = before, total[b] = all;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      int running = 0;
+      for (int b = lane; b < (experts + 31) / 32 * 32; b += 32) {
+        const int count = b < experts ? total[b] : 0, inclusive = running + warp_scan(count);
+        if (b < experts) {
+          start[b] = inclusive - count;
+          if (blockIdx.x == 0) offsets[b] = inclusive - count, load[b] = count;
+        }
+        running = __shfl_sync(0xffffffffu, inclusive, 31);
+      }
+      if (blockIdx.x == 0 && lane == 0) offsets[experts] = running;
+    }
+    __syncthreads();
+  }
   if (e >= 0) {
-    int at = place[(int64_t)blockIdx.x * experts + e] + rank;
+    const int at = first[e] + rank + (known ? 0 : start[e]);
     slot_token[at] = (int32_t)(slot / K);
-    slot_weight[at] = weight[slot];
+    slot_weight[at] = w;
     slot_of[slot] = at;
   }
-  if (blockIdx.x == 0)
-    for (int b = threadIdx.x; b < experts; b += SORT_BLOCK) load[b] = offsets[b + 1] - offsets[b];
 }
 
 const int FEW_SLOTS = 256;
@@ -129,11 +168,12 @@ nn_status nn_moe_permute(nn_context *context, int32_t *offsets, int32_t *load, i
   Scratch scratch(context);
   int32_t *histogram = scratch.take<int32_t>(blocks * E);
   NN_SCRATCH(context, scratch);
-  size_t shared = 32 * E * sizeof(uint16_t);
+  const bool known = blocks > MOST_ADDED_BLOCKS;
+  const int shared = 32 * (int)E * (int)sizeof(uint16_t);
   permute_count_kernel<<<(unsigned)blocks, SORT_BLOCK, shared, context->stream>>>(histogram, index, slots, (int)E);
-  sort_scan_kernel<<<1, 1024, 0, context->stream>>>(histogram, offsets, (int)blocks, (int)E);
-  permute_place_kernel<<<(unsigned)blocks, SORT_BLOCK, shared, context->stream>>>(slot_token, slot_weight, slot_of, load, histogram, offsets,
-                                                                                index, weight, slots, (int)E, (int)K);
+  if (known) sort_scan_kernel<<<1, 1024, 0, context->stream>>>(histogram, offsets, (int)blocks, (int)E);
+  NN_TRY(launch_kernel(context, __func__, !known, permute_place_kernel, dim3((unsigned)blocks), SORT_BLOCK, shared, offsets, load, slot_token,
+                       slot_weight, slot_of, histogram, index, weight, slots, (int)E, (int)K, known));
   NN_LEAVE(context);
 }
 

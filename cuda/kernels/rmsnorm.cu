@@ -2,7 +2,7 @@
  * small enough that its second reading comes from the cache, or, in the backward of bf16, that a warp holds it in registers.
  * Zhang and Sennrich, arXiv 1910.07467.
  */
-#include "common.cuh"
+#include "chain.cuh"
 
 /* ---- kernels ------------------------------------------------------------------------------------------------- */
 
@@ -90,10 +90,31 @@ const int HELD_PIECES = 4 /* of 8 columns a lane: rows of up to 1024 columns */,
 /* Keeps the compiler from holding the unpacked floats as well. */
 __device__ __forceinline__ void hold(uint4 &v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 
-/* dx as above, and partial[block, h] = sum over the block's rows of dy * x * reciprocal, each row read once. A warp has `warp_rows` rows, one
- * after the other; dx may be dy or dsum, because a row is held before it is written. */
+/* What a lane holds of a row. */
+template <int PIECES>
+struct HeldRow {
+  uint4 a[PIECES], d[PIECES], s[PIECES]; /* x, dy, dsum */
+  float r;
+};
 template <int PIECES, bool Residual>
-__global__ void __launch_bounds__(HELD_WARPS * 32, 2)
+__device__ __forceinline__ void fetch_row(HeldRow<PIECES> &held, const bf16 *dy, const bf16 *dsum, const bf16 *x, const float *reciprocal,
+                                          int64_t row, int H) {
+  const int lane = threadIdx.x & 31;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  held.r = reciprocal[row];
+#pragma unroll
+  for (int c = 0; c < PIECES; c++) {
+    const int64_t at = row * H + (c * 32 + lane) * 8;
+    const bool inside = (c * 32 + lane) * 8 < H;
+    held.a[c] = inside ? *reinterpret_cast<const uint4 *>(x + at) : zero, held.d[c] = inside ? *reinterpret_cast<const uint4 *>(dy + at) : zero;
+    held.s[c] = Residual && inside ? *reinterpret_cast<const uint4 *>(dsum + at) : zero;
+  }
+}
+
+/* dx as above, and partial[block, h] = sum over the block's rows of dy * x * reciprocal, each row read once. A warp has `warp_rows` rows, one
+ * after the other, the next on its way while one is worked on; dx may be dy or dsum, because a row is held before it is written. */
+template <int PIECES, bool Residual>
+__global__ void __launch_bounds__(HELD_WARPS * 32, PIECES < HELD_PIECES ? 2 : 1)
     rmsnorm_backward_held_kernel(bf16 *dx, float *partial, const bf16 *dy, const bf16 *dsum, const bf16 *x, const float *reciprocal,
                                  const bf16 *weight, int64_t rows, int64_t warp_rows, int H) {
   __shared__ __align__(16) float shared[HELD_WARPS][PIECES * 256];
@@ -102,24 +123,21 @@ __global__ void __launch_bounds__(HELD_WARPS * 32, 2)
   const uint4 zero = make_uint4(0, 0, 0, 0);
   uint4 w[PIECES];
   float sums[PIECES][8] = {};
+  HeldRow<PIECES> next;
+  let_next_start();
+  if (first < last) fetch_row<PIECES, Residual>(next, dy, dsum, x, reciprocal, first, H);
 #pragma unroll
   for (int c = 0; c < PIECES; c++) w[c] = (c * 32 + lane) * 8 < H ? *reinterpret_cast<const uint4 *>(weight + (c * 32 + lane) * 8) : zero;
   for (int64_t row = first; row < last; row++) {
-    uint4 a[PIECES], d[PIECES], s[PIECES];
-    const float r = reciprocal[row];
+    HeldRow<PIECES> held = next;
+    const float r = held.r;
     float dot = 0.0f;
-#pragma unroll
-    for (int c = 0; c < PIECES; c++) {
-      const int64_t at = row * H + (c * 32 + lane) * 8;
-      const bool inside = (c * 32 + lane) * 8 < H;
-      a[c] = inside ? *reinterpret_cast<const uint4 *>(x + at) : zero, d[c] = inside ? *reinterpret_cast<const uint4 *>(dy + at) : zero;
-      s[c] = Residual && inside ? *reinterpret_cast<const uint4 *>(dsum + at) : zero;
-    }
+    if (row + 1 < last) fetch_row<PIECES, Residual>(next, dy, dsum, x, reciprocal, row + 1, H);
 #pragma unroll
     for (int c = 0; c < PIECES; c++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const float2 xs = unpack_bf16((&a[c].x)[j]), ds = unpack_bf16((&d[c].x)[j]), ws = unpack_bf16((&w[c].x)[j]);
+        const float2 xs = unpack_bf16((&held.a[c].x)[j]), ds = unpack_bf16((&held.d[c].x)[j]), ws = unpack_bf16((&w[c].x)[j]);
         const float low = ds.x * xs.x, high = ds.y * xs.y;
         sums[c][2 * j] += low * r, sums[c][2 * j + 1] += high * r;
         dot += low * ws.x;
@@ -128,14 +146,15 @@ __global__ void __launch_bounds__(HELD_WARPS * 32, 2)
     const float scale = warp_sum(dot) * r * r / (float)H;
 #pragma unroll
     for (int c = 0; c < PIECES; c++) {
-      hold(a[c]), hold(d[c]), hold(w[c]);
+      hold(held.a[c]), hold(held.d[c]), hold(w[c]);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const float2 xs = unpack_bf16((&a[c].x)[j]), ds = unpack_bf16((&d[c].x)[j]), ws = unpack_bf16((&w[c].x)[j]), past = unpack_bf16((&s[c].x)[j]);
+        const float2 xs = unpack_bf16((&held.a[c].x)[j]), ds = unpack_bf16((&held.d[c].x)[j]), ws = unpack_bf16((&w[c].x)[j]);
+        const float2 past = unpack_bf16((&held.s[c].x)[j]);
         const float low = r * (ds.x * ws.x - xs.x * scale), high = r * (ds.y * ws.y - xs.y * scale);
-        (&d[c].x)[j] = Residual ? pack_bf16(past.x + low, past.y + high) : pack_bf16(low, high);
+        (&held.d[c].x)[j] = Residual ? pack_bf16(past.x + low, past.y + high) : pack_bf16(low, high);
       }
-      if ((c * 32 + lane) * 8 < H) *reinterpret_cast<uint4 *>(dx + row * H + (c * 32 + lane) * 8) = d[c];
+      if ((c * 32 + lane) * 8 < H) *reinterpret_cast<uint4 *>(dx + row * H + (c * 32 + lane) * 8) = held.d[c];
     }
   }
 #pragma unroll
@@ -157,9 +176,10 @@ __global__ void __launch_bounds__(256) add_partials_kernel(float *out, const flo
   __shared__ float shared[8][32];
   const int column = blockIdx.x * 32 + (threadIdx.x & 31), row = threadIdx.x >> 5;
   float sum = 0.0f;
+  wait_for_previous();
   if (column < H) {
 #pragma unroll 8
-    for (int c = row; c < chunks; c += 8) sum += partial[(int64_t)c * H + column];
+    for (int c = row; c < chunks; c += 8) sum += __ldcg(partial + (int64_t)c * H + column);
   }
   shared[row][threadIdx.x & 31] = sum;
   __syncthreads();
@@ -196,15 +216,16 @@ static int64_t dweight_chunks(int64_t rows, int64_t most) {
 
 /* The one-pass kernel for this row length. Blocks of 64 rows at least, and no more of them than the workspace has room for. */
 template <bool Residual>
-static void run_held(nn_context *context, bf16 *dx, float *dweight, float *partial, const bf16 *dy, const bf16 *dsum, const bf16 *x,
-                     const float *reciprocal, const bf16 *weight, int64_t rows, int64_t H, int64_t chunks) {
+static nn_status run_held(nn_context *context, bf16 *dx, float *dweight, float *partial, const bf16 *dy, const bf16 *dsum, const bf16 *x,
+                          const float *reciprocal, const bf16 *weight, int64_t rows, int64_t H, int64_t chunks, const char *where) {
   const int64_t warp_rows = ceil_div(rows, chunks * HELD_WARPS);
   const unsigned blocks = (unsigned)ceil_div(rows, warp_rows * HELD_WARPS);
   auto kernel = H <= 256 ? rmsnorm_backward_held_kernel<1, Residual>
                 : H <= 512 ? rmsnorm_backward_held_kernel<2, Residual>
                 : H <= 768 ? rmsnorm_backward_held_kernel<3, Residual> : rmsnorm_backward_held_kernel<HELD_PIECES, Residual>;
   kernel<<<blocks, HELD_WARPS * 32, 0, context->stream>>>(dx, partial, dy, dsum, x, reciprocal, weight, rows, warp_rows, (int)H);
-  add_partials_kernel<<<(unsigned)ceil_div(H, 32), 256, 0, context->stream>>>(dweight, partial, (int)blocks, (int)H);
+  NN_TRY(launch_chained(context, where, add_partials_kernel, dim3((unsigned)ceil_div(H, 32)), 256, 0, dweight, partial, (int)blocks, (int)H));
+  return nn_cuda_status(context, cudaGetLastError(), where);
 }
 
 template <typename T, bool Residual>
@@ -218,11 +239,9 @@ static nn_status run_backward(nn_context *context, void *dx, float *dweight, con
   if (!scratch.fits())
     return nn_fail(context, NN_ERROR_WORKSPACE, "%s: needs %lld bytes of workspace, has %lld", where, (long long)scratch.need,
                    (long long)scratch.have);
-  if (holds) {
-    run_held<Residual>(context, (bf16 *)dx, dweight, partial, (const bf16 *)dy, (const bf16 *)dsum, (const bf16 *)x, reciprocal,
-                       (const bf16 *)weight, rows, H, chunks);
-    return nn_cuda_status(context, cudaGetLastError(), where);
-  }
+  if (holds)
+    return run_held<Residual>(context, (bf16 *)dx, dweight, partial, (const bf16 *)dy, (const bf16 *)dsum, (const bf16 *)x, reciprocal,
+                              (const bf16 *)weight, rows, H, chunks, where);
   /* dx may be dy or dsum, so dweight comes first. */
   rmsnorm_dweight_kernel<T><<<dim3((unsigned)ceil_div(H, 32), (unsigned)chunks), dim3(32, 8), 0, context->stream>>>(
       partial, (const T *)dy, (const T *)x, reciprocal, rows, chunk_rows, (int)H);

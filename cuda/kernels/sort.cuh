@@ -8,6 +8,17 @@
 const int SORT_BLOCK = 1024; /* keys of one block, one a thread */
 const int SORT_BINS = 256;
 
+/* Sum of x over this lane and those below it. */
+__device__ __forceinline__ int warp_scan(int x) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int s = 1; s < 32; s <<= 1) {
+    int other = __shfl_up_sync(0xffffffffu, x, s);
+    if (lane >= s) x += other;
+  }
+  return x;
+}
+
 /* Rank of this thread's bin among the block's equal bins before it, and (for thread b < bins) the block's count of bin b in
  * `total[b]`. All 1024 threads call it; bin < 0 takes no part. `counts` is shared memory of 32 * bins. */
 __device__ __forceinline__ int block_rank(int bin, int bins, uint16_t *counts, int *total) {
@@ -18,14 +29,10 @@ __device__ __forceinline__ int block_rank(int bin, int bins, uint16_t *counts, i
   int rank = __popc(peers & ((1u << lane) - 1));
   if (bin >= 0 && rank == 0) counts[warp * bins + bin] = (uint16_t)__popc(peers);
   __syncthreads();
-  for (int b = threadIdx.x; b < bins; b += SORT_BLOCK) {
-    int sum = 0;
-    for (int w = 0; w < 32; w++) {
-      int count = counts[w * bins + b];
-      counts[w * bins + b] = (uint16_t)sum;
-      sum += count;
-    }
-    total[b] = sum;
+  for (int b = warp; b < bins; b += 32) { /* lane: the warp that counted */
+    int count = counts[lane * bins + b], inclusive = warp_scan(count);
+    counts[lane * bins + b] = (uint16_t)(inclusive - count);
+    if (lane == 31) total[b] = inclusive;
   }
   __syncthreads();
   return bin >= 0 ? rank + counts[warp * bins + bin] : 0;
@@ -38,11 +45,7 @@ static __global__ void __launch_bounds__(1024) sort_scan_kernel(int32_t *histogr
   for (int b = warp; b < bins; b += 32) {
     int running = 0;
     for (int base = 0; base < blocks; base += 32) {
-      int i = base + lane, count = i < blocks ? histogram[(int64_t)i * bins + b] : 0, inclusive = count;
-      for (int s = 1; s < 32; s <<= 1) {
-        int other = __shfl_up_sync(0xffffffffu, inclusive, s);
-        if (lane >= s) inclusive += other;
-      }
+      int i = base + lane, count = i < blocks ? histogram[(int64_t)i * bins + b] : 0, inclusive = warp_scan(count);
       if (i < blocks) histogram[(int64_t)i * bins + b] = running + inclusive - count;
       running += __shfl_sync(0xffffffffu, inclusive, 31);
     }

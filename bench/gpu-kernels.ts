@@ -122,17 +122,17 @@ function entries(sizes: Sizes, B: number, S: number): Entry[] {
     },
     {
       name: 'moe_down_backward', shape: tokens,
-      buffers: { dgateUp: x(N * 2 * F), weightedH: x(N * F), dweight: f32(N), dout: x(T * H, 1), gateUp: x(N * 2 * F, 0.5), w: x(E * H * F, 0.02), ...slots }, prepare: permute,
+      buffers: { dgateUp: x(N * 2 * F), h: x(N * F), dweight: f32(N), dout: x(T * H, 1), gateUp: x(N * 2 * F, 0.5), w: x(E * H * F, 0.02), ...slots }, prepare: permute,
       run: (k, t, dtype) =>
         k.moeDownBackward(
-          t['dgateUp']!, t['weightedH']!, t['dweight']!, t['dout']!, t['gateUp']!, null, t['slotToken']!, t['slotWeight']!, t['slotOf']!, t['offsets']!, t['w']!,
+          t['dgateUp']!, t['h']!, t['dweight']!, t['dout']!, t['gateUp']!, t['slotToken']!, t['slotWeight']!, t['slotOf']!, t['offsets']!, t['w']!,
           T, H, F, E, K, dtype,
         ),
-      outputs: ['dgateUp', 'weightedH', 'dweight'], flops: down, bytes: 2 * (5 * N * F + T * H + weights / 2),
+      outputs: ['dgateUp', 'h', 'dweight'], flops: down, bytes: 2 * (5 * N * F + T * H + weights / 2),
     },
     {
       name: 'moe_down_weight_gradient', shape: tokens, buffers: { dw: f32(E * H * F, 0), dout: x(T * H, 1), h: x(N * F, 0.3), ...slots }, prepare: permute,
-      run: (k, t, dtype) => k.moeDownWeightGradient(t['dw']!, t['dout']!, t['h']!, t['slotToken']!, t['offsets']!, T, H, F, E, K, 1, dtype),
+      run: (k, t, dtype) => k.moeDownWeightGradient(t['dw']!, t['dout']!, t['h']!, t['slotToken']!, t['slotWeight']!, t['offsets']!, T, H, F, E, K, 1, dtype),
       outputs: ['dw'], flops: down, bytes: 8 * E * H * F + 2 * (N * F + T * H),
     },
     {

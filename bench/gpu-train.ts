@@ -105,7 +105,7 @@ export async function benchGpuTrain(options: GpuTrainOptions): Promise<Report> {
       ...provenance(),
       device: device.description.name, preset: options.preset, parameters, precision: 'bf16', stateDtype, graph,
       batch: `${microBatches} x ${sequences} x ${sequenceLength}`, recompute, keptAttention: trainer.keep.attention, keptGateUp: trainer.keep.gateUp,
-      goldenMatches: matches, firstLoss: significant(firstLoss),
+      keptH: trainer.keep.h, goldenMatches: matches, firstLoss: significant(firstLoss),
       stepMs: significant(stepMs), stepP95Ms: significant(quantile(times.step, 0.95)), forwardBackwardMs: significant(computeMs), updateMs: significant(updateMs),
       tokensPerSecond: Math.round(speed(stepMs)), microTokensPerSecond: Math.round(speed(computeMs)),
       tflops: significant(tflops(stepMs)), ceilingTflops: significant(ceilings.tflops), shareOfCeiling: significant(tflops(stepMs) / ceilings.tflops, 3),

@@ -6,7 +6,7 @@ import { bytesOf, code, refuse } from './check.ts';
 import type { ComputeType, Tensor, TypedArray } from './tensor.ts';
 
 /** The version of the ABI that these bindings speak. */
-export const ABI_VERSION = 3;
+export const ABI_VERSION = 4;
 
 /** What koffi binds: device addresses and contexts are numbers, host memory is a pointer. */
 export const PROTOTYPES = {
@@ -69,8 +69,8 @@ export const PROTOTYPES = {
   nn_moe_up_forward: 'int32_t nn_moe_up_forward(uint64_t context, uint64_t h, uint64_t gate_up, uint64_t x, uint64_t slot_token, uint64_t offsets, uint64_t gate_up_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
   nn_moe_down_forward: 'int32_t nn_moe_down_forward(uint64_t context, uint64_t y, uint64_t h, uint64_t offsets, uint64_t down_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
   nn_moe_combine: 'int32_t nn_moe_combine(uint64_t context, uint64_t out, uint64_t base, uint64_t y, uint64_t weight, uint64_t slot_of, int64_t T, int64_t H, int64_t K, int32_t dtype)',
-  nn_moe_down_backward: 'int32_t nn_moe_down_backward(uint64_t context, uint64_t dgate_up, uint64_t weighted_h, uint64_t dweight, uint64_t dout, uint64_t gate_up, uint64_t h, uint64_t slot_token, uint64_t slot_weight, uint64_t slot_of, uint64_t offsets, uint64_t down_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
-  nn_moe_down_weight_gradient: 'int32_t nn_moe_down_weight_gradient(uint64_t context, uint64_t ddown_weight, uint64_t dout, uint64_t weighted_h, uint64_t slot_token, uint64_t offsets, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t accumulate, int32_t dtype)',
+  nn_moe_down_backward: 'int32_t nn_moe_down_backward(uint64_t context, uint64_t dgate_up, uint64_t h, uint64_t dweight, uint64_t dout, uint64_t gate_up, uint64_t slot_token, uint64_t slot_weight, uint64_t slot_of, uint64_t offsets, uint64_t down_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
+  nn_moe_down_weight_gradient: 'int32_t nn_moe_down_weight_gradient(uint64_t context, uint64_t ddown_weight, uint64_t dout, uint64_t h, uint64_t slot_token, uint64_t slot_weight, uint64_t offsets, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t accumulate, int32_t dtype)',
   nn_moe_up_backward: 'int32_t nn_moe_up_backward(uint64_t context, uint64_t dx_slots, uint64_t dgate_up, uint64_t offsets, uint64_t gate_up_weight, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t dtype)',
   nn_moe_up_weight_gradient: 'int32_t nn_moe_up_weight_gradient(uint64_t context, uint64_t dgate_up_weight, uint64_t dgate_up, uint64_t x, uint64_t slot_token, uint64_t offsets, int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t accumulate, int32_t dtype)',
   nn_cross_entropy_forward: 'int32_t nn_cross_entropy_forward(uint64_t context, uint64_t loss, uint64_t logits, uint64_t target, int64_t T, int64_t V, int32_t dtype)',
@@ -153,8 +153,8 @@ export interface Native {
   readonly nn_moe_up_forward: (context: number, h: number, gateUp: number, x: number, slotToken: number, offsets: number, gateUpWeight: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
   readonly nn_moe_down_forward: (context: number, y: number, h: number, offsets: number, downWeight: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
   readonly nn_moe_combine: (context: number, out: number, base: number, y: number, weight: number, slotOf: number, T: number, H: number, K: number, dtype: number) => number;
-  readonly nn_moe_down_backward: (context: number, dgateUp: number, weightedH: number, dweight: number, dout: number, gateUp: number, h: number, slotToken: number, slotWeight: number, slotOf: number, offsets: number, downWeight: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
-  readonly nn_moe_down_weight_gradient: (context: number, ddownWeight: number, dout: number, weightedH: number, slotToken: number, offsets: number, T: number, H: number, F: number, E: number, K: number, accumulate: number, dtype: number) => number;
+  readonly nn_moe_down_backward: (context: number, dgateUp: number, h: number, dweight: number, dout: number, gateUp: number, slotToken: number, slotWeight: number, slotOf: number, offsets: number, downWeight: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
+  readonly nn_moe_down_weight_gradient: (context: number, ddownWeight: number, dout: number, h: number, slotToken: number, slotWeight: number, offsets: number, T: number, H: number, F: number, E: number, K: number, accumulate: number, dtype: number) => number;
   readonly nn_moe_up_backward: (context: number, dxSlots: number, dgateUp: number, offsets: number, gateUpWeight: number, T: number, H: number, F: number, E: number, K: number, dtype: number) => number;
   readonly nn_moe_up_weight_gradient: (context: number, dgateUpWeight: number, dgateUp: number, x: number, slotToken: number, offsets: number, T: number, H: number, F: number, E: number, K: number, accumulate: number, dtype: number) => number;
   readonly nn_cross_entropy_forward: (context: number, loss: number, logits: number, target: number, T: number, V: number, dtype: number) => number;
@@ -557,8 +557,8 @@ export class Kernels {
   }
 
   /** For each sorted slot s of expert e: gate_up[s] = x[slot_token[s]] gate_up_weight[e]^T, h[s] = silu(gate) * up, with SwiGLU in the
-   * epilogue. The gather is part of the loads, except that the CUDA library on Hopper packs bf16 rows in the workspace first where there are
-   * 2,048 slots or more (and in the backward and the weight gradients likewise), to the same bits. An expert's weights are [gate (w1): F, H | up (w3): F, H]. */
+   * epilogue. The gather is part of the loads, except that the CUDA library on Hopper packs bf16 rows in the workspace first (and in the
+   * backward and the weight gradients likewise). An expert's weights are [gate (w1): F, H | up (w3): F, H]. */
   moeUpForward(h: Tensor, gateUp: Tensor | null, x: Tensor, slotToken: Tensor, offsets: Tensor, gateUpWeight: Tensor, T: number, H: number, F: number, E: number, K: number, dtype: ComputeType): void {
     if (h.dtype !== dtype || !(h.length >= T * K * F)) refuse('moe_up_forward', 'h', h, dtype, T * K * F);
     if (gateUp !== null && (gateUp.dtype !== dtype || !(gateUp.length >= T * K * 2 * F))) refuse('moe_up_forward', 'gateUp', gateUp, dtype, T * K * 2 * F);
@@ -593,35 +593,35 @@ export class Kernels {
   }
 
   /** Backward through the weighted sum, the down product and SwiGLU, for sorted slot s with token t and weight w:
-   *   dh = dout[t] down_weight[e];   dweight[t, k] = dh . h[s];   dgate_up[s] = swiglu backward of w * dh;
-   *   weighted_h[s] = w * h[s]   (what nn_moe_down_weight_gradient takes).
-   * h may be NULL: it is then computed again from gate_up, to the same bits. dgate_up may be gate_up. weighted_h may be h. */
-  moeDownBackward(dgateUp: Tensor, weightedH: Tensor, dweight: Tensor, dout: Tensor, gateUp: Tensor, h: Tensor | null, slotToken: Tensor, slotWeight: Tensor, slotOf: Tensor, offsets: Tensor, downWeight: Tensor, T: number, H: number, F: number, E: number, K: number, dtype: ComputeType): void {
+   *   dh = dout[t] down_weight[e];   dweight[t, k] = dh . h[s];   dgate_up[s] = swiglu backward of w * dh.
+   * h is computed again from gate_up, to the bits of nn_moe_up_forward; it is stored for nn_moe_down_weight_gradient unless h is NULL,
+   * because the forward's was kept. dgate_up may be gate_up. */
+  moeDownBackward(dgateUp: Tensor, h: Tensor | null, dweight: Tensor, dout: Tensor, gateUp: Tensor, slotToken: Tensor, slotWeight: Tensor, slotOf: Tensor, offsets: Tensor, downWeight: Tensor, T: number, H: number, F: number, E: number, K: number, dtype: ComputeType): void {
     if (dgateUp.dtype !== dtype || !(dgateUp.length >= T * K * 2 * F)) refuse('moe_down_backward', 'dgateUp', dgateUp, dtype, T * K * 2 * F);
-    if (weightedH.dtype !== dtype || !(weightedH.length >= T * K * F)) refuse('moe_down_backward', 'weightedH', weightedH, dtype, T * K * F);
+    if (h !== null && (h.dtype !== dtype || !(h.length >= T * K * F))) refuse('moe_down_backward', 'h', h, dtype, T * K * F);
     if (dweight.dtype !== 'f32' || !(dweight.length >= T * K)) refuse('moe_down_backward', 'dweight', dweight, 'f32', T * K);
     if (dout.dtype !== dtype || !(dout.length >= T * H)) refuse('moe_down_backward', 'dout', dout, dtype, T * H);
     if (gateUp.dtype !== dtype || !(gateUp.length >= T * K * 2 * F)) refuse('moe_down_backward', 'gateUp', gateUp, dtype, T * K * 2 * F);
-    if (h !== null && (h.dtype !== dtype || !(h.length >= T * K * F))) refuse('moe_down_backward', 'h', h, dtype, T * K * F);
     if (slotToken.dtype !== 'i32' || !(slotToken.length >= T * K)) refuse('moe_down_backward', 'slotToken', slotToken, 'i32', T * K);
     if (slotWeight.dtype !== 'f32' || !(slotWeight.length >= T * K)) refuse('moe_down_backward', 'slotWeight', slotWeight, 'f32', T * K);
     if (slotOf.dtype !== 'i32' || !(slotOf.length >= T * K)) refuse('moe_down_backward', 'slotOf', slotOf, 'i32', T * K);
     if (offsets.dtype !== 'i32' || !(offsets.length >= E + 1)) refuse('moe_down_backward', 'offsets', offsets, 'i32', E + 1);
     if (downWeight.dtype !== dtype || !(downWeight.length >= E * H * F)) refuse('moe_down_backward', 'downWeight', downWeight, dtype, E * H * F);
-    const status = this.#native.nn_moe_down_backward(this.#context, dgateUp.address, weightedH.address, dweight.address, dout.address, gateUp.address, h === null ? 0 : h.address, slotToken.address, slotWeight.address, slotOf.address, offsets.address, downWeight.address, T, H, F, E, K, code(dtype));
+    const status = this.#native.nn_moe_down_backward(this.#context, dgateUp.address, h === null ? 0 : h.address, dweight.address, dout.address, gateUp.address, slotToken.address, slotWeight.address, slotOf.address, offsets.address, downWeight.address, T, H, F, E, K, code(dtype));
     if (status !== 0) this.#fail('nn_moe_down_backward', status);
   }
 
-  /** ddown_weight[e] += sum over the slots of e of dout[slot_token[s]]^T weighted_h[s].
+  /** ddown_weight[e] += sum over the slots s of e of (slot_weight[s] * dout[slot_token[s]])^T h[s]; the weighted row is rounded to dtype.
    * accumulate 0: the sum replaces what was there, which is not read: all E matrices are written, zeros for an expert without slots. Each
    * element then has the bits that adding to zero gives it, so a sum of -0 is stored as 0. */
-  moeDownWeightGradient(ddownWeight: Tensor, dout: Tensor, weightedH: Tensor, slotToken: Tensor, offsets: Tensor, T: number, H: number, F: number, E: number, K: number, accumulate: number, dtype: ComputeType): void {
+  moeDownWeightGradient(ddownWeight: Tensor, dout: Tensor, h: Tensor, slotToken: Tensor, slotWeight: Tensor, offsets: Tensor, T: number, H: number, F: number, E: number, K: number, accumulate: number, dtype: ComputeType): void {
     if (ddownWeight.dtype !== 'f32' || !(ddownWeight.length >= E * H * F)) refuse('moe_down_weight_gradient', 'ddownWeight', ddownWeight, 'f32', E * H * F);
     if (dout.dtype !== dtype || !(dout.length >= T * H)) refuse('moe_down_weight_gradient', 'dout', dout, dtype, T * H);
-    if (weightedH.dtype !== dtype || !(weightedH.length >= T * K * F)) refuse('moe_down_weight_gradient', 'weightedH', weightedH, dtype, T * K * F);
+    if (h.dtype !== dtype || !(h.length >= T * K * F)) refuse('moe_down_weight_gradient', 'h', h, dtype, T * K * F);
     if (slotToken.dtype !== 'i32' || !(slotToken.length >= T * K)) refuse('moe_down_weight_gradient', 'slotToken', slotToken, 'i32', T * K);
+    if (slotWeight.dtype !== 'f32' || !(slotWeight.length >= T * K)) refuse('moe_down_weight_gradient', 'slotWeight', slotWeight, 'f32', T * K);
     if (offsets.dtype !== 'i32' || !(offsets.length >= E + 1)) refuse('moe_down_weight_gradient', 'offsets', offsets, 'i32', E + 1);
-    const status = this.#native.nn_moe_down_weight_gradient(this.#context, ddownWeight.address, dout.address, weightedH.address, slotToken.address, offsets.address, T, H, F, E, K, accumulate, code(dtype));
+    const status = this.#native.nn_moe_down_weight_gradient(this.#context, ddownWeight.address, dout.address, h.address, slotToken.address, slotWeight.address, offsets.address, T, H, F, E, K, accumulate, code(dtype));
     if (status !== 0) this.#fail('nn_moe_down_weight_gradient', status);
   }
 

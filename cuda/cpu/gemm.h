@@ -18,6 +18,7 @@ typedef struct nn_operand {
   int64_t stride;      /* floats from one row in memory to the next */
   const int32_t *rows; /* row i in memory is row rows[i] of data; NULL: row i */
   int transposed;      /* rows in memory are columns of the operand */
+  const float *scale;  /* a transposed A only: row i in memory counts scale[i] times; NULL: once */
   int64_t interleave;  /* B only, 0 for none: F, when memory has 2F columns [gate | up]. A panel of 2 * NN_LANES columns then holds
                           NN_LANES gates and the ups that belong to them, so that the epilogue has both. */
 } nn_operand;

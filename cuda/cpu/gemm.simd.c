@@ -240,10 +240,11 @@ static void pack_a(float *packed, const nn_operand *a, int64_t row, int64_t rows
   }
   for (int64_t p = 0; p < depth; p++) {
     const float *source = row_of(a, from + p) + row;
+    const float scale = a->scale != NULL ? a->scale[from + p] : 1.0f;
     float *to = packed + p * MR;
     int64_t i = 0;
-    for (; i + NN_LANES <= rows; i += MR, to += A_PANEL(depth)) nn_v_store(to, nn_v_load(source + i));
-    for (; i < rows; i += MR, to += A_PANEL(depth)) nn_v_store(to, nn_v_load_part(source + i, rows - i));
+    for (; i + NN_LANES <= rows; i += MR, to += A_PANEL(depth)) nn_v_store(to, scale * nn_v_load(source + i));
+    for (; i < rows; i += MR, to += A_PANEL(depth)) nn_v_store(to, scale * nn_v_load_part(source + i, rows - i));
   }
 }
 

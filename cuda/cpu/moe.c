@@ -33,6 +33,7 @@ typedef struct grouped {
   const float *other;         /* weights of all experts, or the second operand of a weight gradient */
   float *out;
   const int32_t *slot_token, *offsets;
+  const float *slot_weight;   /* of a slot's row; NULL: 1 */
   int64_t H, F;
   int accumulate;             /* of a weight gradient: whether `out` is added to */
   union {
@@ -134,8 +135,8 @@ static void describe_down_backward(const void *argument, int64_t e, nn_product *
   product->argument = &g->epilogue.backward[e];
 }
 
-nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weighted_h, float *dweight, const void *dout,
-                               const void *gate_up, const void *h, const int32_t *slot_token, const float *slot_weight,
+nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *h, float *dweight, const void *dout,
+                               const void *gate_up, const int32_t *slot_token, const float *slot_weight,
                                const int32_t *slot_of, const int32_t *offsets, const void *down_weight, int64_t T, int64_t H,
                                int64_t F, int64_t E, int64_t K, nn_dtype dtype) {
   NN_REQUIRE_MOE(context, T, H, F, E, K, dtype);
@@ -147,9 +148,8 @@ nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weight
   for (int64_t e = 0; e < E; e++) {
     int64_t first = offsets[e];
     rows[e] = (nn_down_backward){
-        .dgate_up = (float *)dgate_up + first * 2 * F, .weighted_h = (float *)weighted_h + first * F, .dot = dot + first,
-        .slots = N, .gate_up = (const float *)gate_up + first * 2 * F,
-        .h = h != NULL ? (const float *)h + first * F : NULL, .slot_weight = slot_weight + first, .F = F};
+        .dgate_up = (float *)dgate_up + first * 2 * F, .h = h != NULL ? (float *)h + first * F : NULL, .dot = dot + first,
+        .slots = N, .gate_up = (const float *)gate_up + first * 2 * F, .slot_weight = slot_weight + first, .F = F};
   }
   grouped g = {.rows = dout, .other = down_weight, .slot_token = slot_token, .offsets = offsets, .H = H, .F = F,
                .epilogue.backward = rows, .fetch = NN_DISPATCH(context, nn_fetch_down_backward),
@@ -166,7 +166,8 @@ nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weight
 
 static void describe_down_weight_gradient(const void *argument, int64_t e, nn_product *product) {
   const grouped *g = argument;
-  product->a = (nn_operand){.data = g->rows, .stride = g->H, .rows = g->slot_token + g->offsets[e], .transposed = 1};
+  product->a = (nn_operand){.data = g->rows, .stride = g->H, .rows = g->slot_token + g->offsets[e], .scale = g->slot_weight + g->offsets[e],
+                            .transposed = 1};
   product->b = (nn_operand){.data = g->other + g->offsets[e] * g->F, .stride = g->F};
   product->k = slots_of(g, e);
   product->m = product->k > 0 || !g->accumulate ? g->H : 0; /* without slots nothing is to be added, but zeros to be stored */
@@ -176,12 +177,12 @@ static void describe_down_weight_gradient(const void *argument, int64_t e, nn_pr
   product->beta = g->accumulate ? 1.0f : 0.0f;
 }
 
-nn_status nn_moe_down_weight_gradient(nn_context *context, float *ddown_weight, const void *dout, const void *weighted_h,
-                                      const int32_t *slot_token, const int32_t *offsets, int64_t T, int64_t H, int64_t F,
+nn_status nn_moe_down_weight_gradient(nn_context *context, float *ddown_weight, const void *dout, const void *h,
+                                      const int32_t *slot_token, const float *slot_weight, const int32_t *offsets, int64_t T, int64_t H, int64_t F,
                                       int64_t E, int64_t K, int32_t accumulate, nn_dtype dtype) {
   NN_REQUIRE_MOE(context, T, H, F, E, K, dtype);
-  grouped g = {.rows = dout, .other = weighted_h, .out = ddown_weight, .slot_token = slot_token, .offsets = offsets, .H = H,
-               .F = F, .accumulate = accumulate != 0};
+  grouped g = {.rows = dout, .other = h, .out = ddown_weight, .slot_token = slot_token, .slot_weight = slot_weight, .offsets = offsets,
+               .H = H, .F = F, .accumulate = accumulate != 0};
   run_grouped(context, &g, E, describe_down_weight_gradient);
   return NN_OK;
 }

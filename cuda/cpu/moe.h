@@ -14,11 +14,10 @@ typedef struct nn_swiglu_output {
 /* What the backward of the down product reads and writes; row 0 is the expert's first slot. */
 typedef struct nn_down_backward {
   float *dgate_up;      /* [rows, 2F], may be gate_up */
-  float *weighted_h;    /* [rows, F], may be h */
+  float *h;             /* [rows, F] or NULL */
   float *dot;           /* [column blocks, all slots], at this expert's first slot: dh . h over one column block */
   int64_t slots;        /* all slots */
   const float *gate_up; /* [rows, 2F] */
-  const float *h;       /* [rows, F] or NULL: from gate_up */
   const float *slot_weight;
   int64_t F;
 } nn_down_backward;

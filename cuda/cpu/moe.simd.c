@@ -39,7 +39,6 @@ int64_t NN_SIMD(nn_fetch_down_backward)(const nn_product *product, int64_t row, 
       lines[count++] = x->gate_up + i * 2 * F + column;
       lines[count++] = x->gate_up + i * 2 * F + F + column;
       if (x->h != NULL) lines[count++] = x->h + i * F + column;
-      if (x->weighted_h != x->h) lines[count++] = x->weighted_h + i * F + column;
       if (x->dgate_up == x->gate_up) continue;
       lines[count++] = x->dgate_up + i * 2 * F + column;
       lines[count++] = x->dgate_up + i * 2 * F + F + column;
@@ -55,23 +54,22 @@ void NN_SIMD(nn_finish_down_backward)(const nn_product *product, const nn_tile *
     if (left <= 0) break;
     /* All rows are read before any is written: rows often lie a multiple of 4096 bytes apart, and a load that agrees in its low
      * 12 bits with a store before it has to wait for that store. */
-    nn_vec gates[NN_TILE_ROWS], ups[NN_TILE_ROWS], hs[NN_TILE_ROWS];
+    nn_vec gates[NN_TILE_ROWS], ups[NN_TILE_ROWS];
     for (int64_t i = 0; i < tile->rows; i++) {
       const float *gate_up = x->gate_up + (tile->row + i) * 2 * F + column;
       gates[i] = nn_v_get(gate_up, left);
       ups[i] = nn_v_get(gate_up + F, left);
-      if (x->h != NULL) hs[i] = nn_v_get(x->h + (tile->row + i) * F + column, left);
     }
     for (int64_t i = 0; i < tile->rows; i++) {
       int64_t row = tile->row + i;
       float weight = x->slot_weight[row], *state = tile->row_state + i * NN_LANES;
       nn_vec dh = nn_v_load(tile->values + i * tile->stride + v * NN_LANES), weighted = weight * dh;
       nn_vec gate = gates[i], up = ups[i], sigmoid = nn_v_sigmoid(gate), silu = nn_v_silu(gate, sigmoid);
-      nn_vec h = x->h != NULL ? hs[i] : silu * up;
+      nn_vec h = silu * up;
       nn_v_store(state, nn_v_fma(dh, h, nn_v_load(state)));
       nn_v_put(x->dgate_up + row * 2 * F + column, weighted * up * nn_v_silu_slope(gate, sigmoid), left);
       nn_v_put(x->dgate_up + row * 2 * F + F + column, weighted * silu, left);
-      nn_v_put(x->weighted_h + row * F + column, weight * h, left);
+      if (x->h != NULL) nn_v_put(x->h + row * F + column, h, left);
     }
   }
 }

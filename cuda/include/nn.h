@@ -45,7 +45,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature or its meaning changes; a library of another version is refused when it is loaded. */
-#define NN_ABI_VERSION 3
+#define NN_ABI_VERSION 4
 
 typedef enum nn_status {
   NN_OK = 0,
@@ -502,8 +502,8 @@ NN_API nn_status nn_moe_permute(
     int64_t T, int64_t E, int64_t K);
 
 /* For each sorted slot s of expert e: gate_up[s] = x[slot_token[s]] gate_up_weight[e]^T, h[s] = silu(gate) * up, with SwiGLU in the
- * epilogue. The gather is part of the loads, except that the CUDA library on Hopper packs bf16 rows in the workspace first where there are
- * 2,048 slots or more (and in the backward and the weight gradients likewise), to the same bits. An expert's weights are [gate (w1): F, H | up (w3): F, H]. */
+ * epilogue. The gather is part of the loads, except that the CUDA library on Hopper packs bf16 rows in the workspace first (and in the
+ * backward and the weight gradients likewise). An expert's weights are [gate (w1): F, H | up (w3): F, H]. */
 NN_API nn_status nn_moe_up_forward(
     nn_context *context,
     void *h,                    // out dtype [T*K, F]
@@ -535,17 +535,16 @@ NN_API nn_status nn_moe_combine(
     int64_t T, int64_t H, int64_t K, nn_dtype dtype);
 
 /* Backward through the weighted sum, the down product and SwiGLU, for sorted slot s with token t and weight w:
- *   dh = dout[t] down_weight[e];   dweight[t, k] = dh . h[s];   dgate_up[s] = swiglu backward of w * dh;
- *   weighted_h[s] = w * h[s]   (what nn_moe_down_weight_gradient takes).
- * h may be NULL: it is then computed again from gate_up, to the same bits. dgate_up may be gate_up. weighted_h may be h. */
+ *   dh = dout[t] down_weight[e];   dweight[t, k] = dh . h[s];   dgate_up[s] = swiglu backward of w * dh.
+ * h is computed again from gate_up, to the bits of nn_moe_up_forward; it is stored for nn_moe_down_weight_gradient unless h is NULL,
+ * because the forward's was kept. dgate_up may be gate_up. */
 NN_API nn_status nn_moe_down_backward(
     nn_context *context,
     void *dgate_up,            // out dtype [T*K, 2*F]
-    void *weighted_h,          // out dtype [T*K, F]
+    void *h,                   // out dtype [T*K, F], null
     float *dweight,            // out f32 [T, K]
     const void *dout,          // in dtype [T, H]
     const void *gate_up,       // in dtype [T*K, 2*F]
-    const void *h,             // in dtype [T*K, F], null
     const int32_t *slot_token, // in i32 [T*K]
     const float *slot_weight,  // in f32 [T*K]
     const int32_t *slot_of,    // in i32 [T, K]
@@ -553,15 +552,16 @@ NN_API nn_status nn_moe_down_backward(
     const void *down_weight,   // in dtype [E, H, F]
     int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, nn_dtype dtype);
 
-/* ddown_weight[e] += sum over the slots of e of dout[slot_token[s]]^T weighted_h[s].
+/* ddown_weight[e] += sum over the slots s of e of (slot_weight[s] * dout[slot_token[s]])^T h[s]; the weighted row is rounded to dtype.
  * accumulate 0: the sum replaces what was there, which is not read: all E matrices are written, zeros for an expert without slots. Each
  * element then has the bits that adding to zero gives it, so a sum of -0 is stored as 0. */
 NN_API nn_status nn_moe_down_weight_gradient(
     nn_context *context,
     float *ddown_weight,       // inout f32 [E, H, F]
     const void *dout,          // in dtype [T, H]
-    const void *weighted_h,    // in dtype [T*K, F]
+    const void *h,             // in dtype [T*K, F]
     const int32_t *slot_token, // in i32 [T*K]
+    const float *slot_weight,  // in f32 [T*K]
     const int32_t *offsets,    // in i32 [E+1]
     int64_t T, int64_t H, int64_t F, int64_t E, int64_t K, int32_t accumulate, nn_dtype dtype);
 

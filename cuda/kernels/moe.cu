@@ -183,7 +183,7 @@ nn_status nn_moe_up_forward(nn_context *context, void *h, void *gate_up, const v
   Product p = make_product(gate_up, x, gate_up_weight, T * K, F, H, dtype, dtype);
   p.grouping = GROUP_ROWS, p.groups = (int)E, p.offsets = offsets;
   p.a_rows = slot_token, p.a_row_count = T, p.b_stride = 2 * F * H;
-  p.epilogue = SWIGLU, p.h_out = h;
+  p.epilogue = SWIGLU, p.h = h;
   return nn_run_product(context, p, __func__);
 }
 
@@ -212,8 +212,8 @@ nn_status nn_moe_combine(nn_context *context, void *out, const void *base, const
   NN_LEAVE(context);
 }
 
-nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weighted_h, float *dweight, const void *dout,
-                               const void *gate_up, const void *h, const int32_t *slot_token, const float *slot_weight,
+nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *h, float *dweight, const void *dout,
+                               const void *gate_up, const int32_t *slot_token, const float *slot_weight,
                                const int32_t *slot_of, const int32_t *offsets, const void *down_weight, int64_t T, int64_t H, int64_t F,
                                int64_t E, int64_t K, nn_dtype dtype) {
   NN_ENTER(context, MOE_SIZES_FIT);
@@ -224,22 +224,22 @@ nn_status nn_moe_down_backward(nn_context *context, void *dgate_up, void *weight
   Product p = make_product(dgate_up, dout, down_weight, T * K, F, H, dtype, dtype);
   p.grouping = GROUP_ROWS, p.groups = (int)E, p.offsets = offsets;
   p.a_rows = slot_token, p.a_row_count = T, p.b_mn = 1, p.ldb = F, p.b_stride = H * F;
-  p.epilogue = SWIGLU_BACKWARD, p.gate_up = gate_up, p.h = h, p.weighted_h = weighted_h, p.slot_weight = slot_weight;
+  p.epilogue = SWIGLU_BACKWARD, p.gate_up = gate_up, p.h = h, p.slot_weight = slot_weight;
   p.row_dots = row_dots;
   NN_TRY(nn_run_product(context, p, __func__));
   sum_dots_kernel<<<(unsigned)ceil_div(T * K, 256), 256, 0, context->stream>>>(dweight, row_dots, slot_of, T * K, F > 0 ? p.dot_parts : 0);
   NN_LEAVE(context);
 }
 
-nn_status nn_moe_down_weight_gradient(nn_context *context, float *ddown_weight, const void *dout, const void *weighted_h,
-                                      const int32_t *slot_token, const int32_t *offsets, int64_t T, int64_t H, int64_t F, int64_t E,
+nn_status nn_moe_down_weight_gradient(nn_context *context, float *ddown_weight, const void *dout, const void *h,
+                                      const int32_t *slot_token, const float *slot_weight, const int32_t *offsets, int64_t T, int64_t H, int64_t F, int64_t E,
                                       int64_t K, int32_t accumulate, nn_dtype dtype) {
   NN_ENTER(context, MOE_SIZES_FIT);
   if (T * K == 0) return without_slots(context, ddown_weight, E * H * F, accumulate);
-  Product p = make_product(ddown_weight, dout, weighted_h, H, F, T * K, NN_F32, dtype);
+  Product p = make_product(ddown_weight, dout, h, H, F, T * K, NN_F32, dtype);
   p.a_mn = p.b_mn = 1, p.lda = H, p.ldb = F;
   p.grouping = GROUP_DEPTH, p.groups = (int)E, p.offsets = offsets;
-  p.a_rows = slot_token, p.a_row_count = T, p.c_stride = H * F, p.beta = accumulate ? 1.0f : 0.0f, p.m_fastest = 1;
+  p.a_rows = slot_token, p.a_row_count = T, p.a_scale = slot_weight, p.c_stride = H * F, p.beta = accumulate ? 1.0f : 0.0f, p.m_fastest = 1;
   return nn_run_product(context, p, __func__);
 }
 
@@ -259,7 +259,7 @@ nn_status nn_moe_up_weight_gradient(nn_context *context, float *dgate_up_weight,
   Product p = make_product(dgate_up_weight, dgate_up, x, 2 * F, H, T * K, NN_F32, dtype);
   p.a_mn = p.b_mn = 1, p.lda = 2 * F, p.ldb = H;
   p.grouping = GROUP_DEPTH, p.groups = (int)E, p.offsets = offsets;
-  p.b_rows = slot_token, p.b_row_count = T, p.c_stride = 2 * F * H, p.beta = accumulate ? 1.0f : 0.0f;
+  p.b_rows = slot_token, p.c_stride = 2 * F * H, p.beta = accumulate ? 1.0f : 0.0f;
   return nn_run_product(context, p, __func__);
 }
 

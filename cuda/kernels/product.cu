@@ -50,10 +50,13 @@ static bool loads_whole_chunks(const Product &p) {
 static nn_status run_core(nn_context *context, Product &p) {
   if (!loads_whole_chunks(p)) return nn_product_plain(context, p);
   if (context->capability == 90) {
-    nn_status status = nn_product_wgmma(context, p);
+    Product packed = p; /* its gathered rows may be packed before it is refused */
+    nn_status status = nn_product_wgmma(context, packed);
+    p.dot_parts = packed.dot_parts;
     if (status != NN_ERROR_UNSUPPORTED) return status;
   }
-  return nn_product_mma(context, p);
+  nn_status status = nn_product_mma(context, p);
+  return status == NN_ERROR_UNSUPPORTED ? nn_product_plain(context, p) : status;
 }
 
 nn_status nn_run_product(nn_context *context, Product &p, const char *where) {

@@ -19,7 +19,7 @@ enum Grouping { WHOLE, GROUP_ROWS, GROUP_DEPTH, SPLIT_DEPTH };
 enum Epilogue {
   STORE,           /* c = alpha * product + beta * c, in out_dtype; beta 0 does not read c, and gives the bits that zeros in c give */
   SWIGLU,          /* B's rows are [gate (n) | up (n)]: h = silu(gate) * up, c (may be NULL) = [gate | up] */
-  SWIGLU_BACKWARD, /* the product is dh [rows, n]: c = dgate_up, weighted_h, and row_dots (see nn_moe_down_backward) */
+  SWIGLU_BACKWARD, /* the product is dh [rows, n]: c = dgate_up, h, and row_dots (see nn_moe_down_backward) */
 };
 
 struct Product {
@@ -29,7 +29,9 @@ struct Product {
   int64_t lda, ldb, ldc; /* elements from one stored row to the next */
   int a_mn, b_mn;        /* 1: stored M-major (A) or N-major (B) */
   const int32_t *a_rows, *b_rows; /* gather: stored row r is read from row a_rows[r]; NULL: r itself */
-  int64_t a_row_count, b_row_count; /* rows that the gathered matrix has */
+  int64_t a_row_count;            /* rows that the matrix has from which A's are gathered */
+  const float *a_scale;           /* with a_rows: row r counts a_scale[r] times, rounded to dtype; NULL: once */
+  int64_t padded_rows;            /* of the operand that nn_pack_rows has padded */
   int grouping, groups;
   const int32_t *offsets;
   int64_t a_stride, b_stride, c_stride, k_chunk;
@@ -37,11 +39,10 @@ struct Product {
   int epilogue;
   nn_dtype dtype, out_dtype;
   int m_fastest; /* order of the tiles */
-  /* SWIGLU writes h [rows, n]; SWIGLU_BACKWARD reads gate_up [rows, 2n], h [rows, n] or NULL, slot_weight [rows] and writes
-   * weighted_h [rows, n] and row_dots [rows, dot_parts], the parts of dh . h in order of columns. */
-  void *h_out;
-  const void *gate_up, *h;
-  void *weighted_h;
+  /* SWIGLU writes h [rows, n]; SWIGLU_BACKWARD reads gate_up [rows, 2n] and slot_weight [rows] and writes h, if it is not NULL, and
+   * row_dots [rows, dot_parts], the parts of dh . h in order of columns. */
+  void *h;
+  const void *gate_up;
   const float *slot_weight;
   float *row_dots;
   int dot_parts;
@@ -69,6 +70,14 @@ nn_status nn_product_plain(nn_context *context, Product &p);
 nn_status nn_product_small(nn_context *context, const Product &p);
 nn_status nn_product_mma(nn_context *context, Product &p);
 nn_status nn_product_wgmma(nn_context *context, Product &p);
+
+/* Packs the gathered rows of A or B (bf16, whole 16-byte chunks) into the workspace, to the same bits: p then gathers and scales nothing. False where
+ * there is no room. padded: the rows of each group of GROUP_DEPTH from packed_start, so that the zeros behind them mask the depths of the next group. */
+bool nn_pack_rows(nn_context *context, Product &p, bool padded);
+const int64_t PACK_DEPTH = 64;
+__device__ __forceinline__ int packed_start(const int32_t *offsets, int group) {
+  return (offsets[group] + (int)PACK_DEPTH - 1) / (int)PACK_DEPTH * (int)PACK_DEPTH + (int)PACK_DEPTH * group;
+}
 
 /* ---- device side: which piece of which matrix ---------------------------------------------------------------- */
 
@@ -180,7 +189,7 @@ __device__ __forceinline__ void epilogue_swiglu(const Product &p, const Tile &ti
     store_two<T>(at, gate.x, gate.y, second);
     store_two<T>(at + p.n, up.x, up.y, second);
   }
-  store_two<T>((T *)p.h_out + row * p.n + column, swiglu<T>(rounded<T>(gate.x), rounded<T>(up.x)),
+  store_two<T>((T *)p.h + row * p.n + column, swiglu<T>(rounded<T>(gate.x), rounded<T>(up.x)),
                swiglu<T>(rounded<T>(gate.y), rounded<T>(up.y)), second);
 }
 
@@ -192,15 +201,12 @@ __device__ __forceinline__ float epilogue_swiglu_backward(const Product &p, cons
   bool second = column + 1 < p.n;
   int64_t at = row * 2 * p.n + column;
   float w = p.slot_weight[row];
-  float2 gate = load_two<T>((const T *)p.gate_up + at, second), up = load_two<T>((const T *)p.gate_up + at + p.n, second), h;
-  if (p.h)
-    h = load_two<T>((const T *)p.h + row * p.n + column, second);
-  else
-    h = make_float2(rounded<T>(swiglu<T>(gate.x, up.x)), rounded<T>(swiglu<T>(gate.y, up.y)));
+  float2 gate = load_two<T>((const T *)p.gate_up + at, second), up = load_two<T>((const T *)p.gate_up + at + p.n, second);
+  float2 h = make_float2(rounded<T>(swiglu<T>(gate.x, up.x)), rounded<T>(swiglu<T>(gate.y, up.y)));
   float sx = sigmoid<T>(gate.x), sy = sigmoid<T>(gate.y), wx = w * dx, wy = w * dy;
   T *out = (T *)p.c + at;
   store_two<T>(out, wx * up.x * silu_derivative(gate.x, sx), wy * up.y * silu_derivative(gate.y, sy), second);
   store_two<T>(out + p.n, wx * gate.x * sx, wy * gate.y * sy, second);
-  store_two<T>((T *)p.weighted_h + row * p.n + column, w * h.x, w * h.y, second);
+  if (p.h) store_two<T>((T *)p.h + row * p.n + column, h.x, h.y, second);
   return second ? dx * h.x + dy * h.y : dx * h.x;
 }

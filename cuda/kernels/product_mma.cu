@@ -157,7 +157,9 @@ static nn_status launch(nn_context *context, const Product &p) {
   return NN_OK;
 }
 
+/* NN_ERROR_UNSUPPORTED where rows are to be scaled and there is no room to pack them: product.cu then takes the plain core. */
 nn_status nn_product_mma(nn_context *context, Product &p) {
+  if (p.a_scale && !nn_pack_rows(context, p, false)) return NN_ERROR_UNSUPPORTED;
   p.dot_parts = (int)ceil_div(p.n, BN) * 4;
   if (p.a_mn) return p.b_mn ? launch<true, true>(context, p) : launch<true, false>(context, p);
   return p.b_mn ? launch<false, true>(context, p) : launch<false, false>(context, p);

@@ -33,8 +33,10 @@ __global__ void __launch_bounds__(256) plain_kernel(const Product p) {
       float value = 0.0f;
       if (row < tile.m_end && depth < tile.k_end) {
         int64_t stored = p.a_mn ? depth : row, other = p.a_mn ? row : depth;
+        const float scale = p.a_scale ? p.a_scale[stored] : 1.0f;
         if (p.a_rows) stored = p.a_rows[stored];
         value = to_float(a[stored * p.lda + other]);
+        if (p.a_scale) value = rounded<T>(scale * value);
       }
       ra[i] = value;
     }

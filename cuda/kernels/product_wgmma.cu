@@ -1,13 +1,11 @@
-/* product_wgmma.cu: the bf16 core for Hopper: wgmma fed by the copy engine. Many gathered rows are packed in the workspace first
- * (feeding them by cp.async costs a fifth of the speed); few are gathered by cp.async. Persistent blocks of three warpgroups: one
- * loads, two multiply, each 64 rows of a tile of 128 rows by BN columns. While the multipliers finish a tile, the loader is already
- * stages ahead in the next.
+/* product_wgmma.cu: the bf16 core for Hopper: wgmma fed by the copy engine, gathered rows packed before (product_pack.cu; feeding them
+ * by cp.async costs a fifth of the speed). Persistent blocks of three warpgroups: one loads, two multiply, each 64 rows of a tile of 128
+ * rows by BN columns. While the multipliers finish a tile, the loader is already stages ahead in the next.
  *
  *   loader        wait empty[s] -> copy A and B of 64 depths into stage s -> full[s]
  *   multipliers   wait full[s] -> 4 x wgmma -> (one step later, when they are done) empty[s]
  *
- * Gathered rows are copied by the loader's 128 threads; each waits for its own copies a few steps later, makes them visible to the
- * tensor cores and then arrives at full[s]. How results leave: wgmma_epilogues.cuh.
+ * How results leave: wgmma_epilogues.cuh.
  *
  * SWIGLU: h takes as long to compute as a third of a tile's products. The loader's other three warps, the finishers, compute it while the multipliers
  * are in the next tile. Multiplier's warp w: wait taken[w] -> gate and up -> handed[w]; finishers: wait handed[w] -> h -> taken[w].
@@ -20,9 +18,9 @@
 #include "wgmma_epilogues.cuh"
 
 const int BK = 64, THREADS = 384;
-const int64_t PACK_ROWS = 2048; /* from so many gathered rows on they are packed before the product */
 
-enum Gather { GATHER_NONE, GATHER_A, GATHER_B };
+/* Which operand of GROUP_DEPTH was packed with zeros behind each group. */
+enum Padded { PADDED_NONE, PADDED_A, PADDED_B };
 
 constexpr int shared_bytes(int bn, int stages, int epilogue) {
   return 1024 + stages * (A_BYTES + bn * BK * 2) + (MULTIPLIER_WARPS * boxes_of(epilogue) + (epilogue == SWIGLU ? 2 * FINISHER_WARPS : 0)) * BOX_BYTES;
@@ -43,57 +41,6 @@ __device__ __forceinline__ void copy_operand(uint32_t shared, const CUtensorMap 
     if (second >= 0) tensor_copy(shared + WIDTH / 2 * 128, map, barrier, k, second, group);
   }
 }
-
-/* One thread's share of a gathered operand: a 16-byte chunk of each of several rows. */
-template <bool MN, int WIDTH>
-struct Gatherer {
-  const bf16 *matrix;
-  const int32_t *rows;
-  int64_t stride;
-  int stored[MN ? 4 : WIDTH / 16]; /* rows of this step (MN-major) or of the tile (K-major); -1: zeros */
-  int first, limit, row;
-  uint32_t offset;
-
-  __device__ __forceinline__ void start(const void *from, const int32_t *gather, int64_t ld) {
-    matrix = (const bf16 *)from + (threadIdx.x & 7) * 8, rows = gather, stride = ld;
-    row = threadIdx.x >> 3;
-    offset = row * 128 + (((threadIdx.x & 7) ^ (row & 7)) << 4);
-  }
-  /* K-major: [first, limit) are rows; MN-major: columns. */
-  __device__ __forceinline__ void tile(int64_t from, int64_t to, int64_t k0, int64_t k_end) {
-    first = (int)from, limit = (int)to;
-    if (MN) {
-      look_up(k0, k_end);
-    } else {
-#pragma unroll
-      for (int i = 0; i < WIDTH / 16; i++) stored[i] = from + row + 16 * i < to ? rows[from + row + 16 * i] : -1;
-    }
-  }
-  __device__ __forceinline__ void look_up(int64_t k, int64_t k_end) {
-#pragma unroll
-    for (int i = 0; i < (MN ? 4 : 1); i++) stored[i] = k + row + 16 * i < k_end ? rows[k + row + 16 * i] : -1;
-  }
-  __device__ __forceinline__ void copy(uint32_t shared, int64_t k, int64_t k_end) {
-    if (MN) {
-      const int column = (threadIdx.x & 7) * 8;
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int block = 0; block < WIDTH / 64; block++) {
-          bool inside = stored[i] >= 0 && first + block * 64 + column < limit;
-          cp_async16(shared + offset + block * 8192 + i * 2048, matrix + (inside ? stored[i] * stride + first + block * 64 : 0), inside);
-        }
-      look_up(k + BK, k_end);
-    } else {
-      bool there = k + (threadIdx.x & 7) * 8 < k_end;
-#pragma unroll
-      for (int i = 0; i < WIDTH / 16; i++) {
-        bool inside = stored[i] >= 0 && there;
-        cp_async16(shared + offset + i * 2048, matrix + (inside ? stored[i] * stride + k : 0), inside);
-      }
-    }
-  }
-};
 
 /* ---- kernel: the order of the tiles --------------------------------------------------------------------------- */
 
@@ -121,32 +68,11 @@ struct Walk {
 
 /* ---- kernels ------------------------------------------------------------------------------------------------- */
 
-/* Where a group's rows begin in a packed operand of GROUP_DEPTH: whole steps, so that zeros mask the depths of the next group. */
-__device__ __forceinline__ int packed_start(const int32_t *offsets, int group) { return (offsets[group] + BK - 1) / BK * BK + BK * group; }
-
-/* packed [count, width] = the gathered rows in their order, a warp each; with offsets, group by group from packed_start, zeros between. */
-__global__ void __launch_bounds__(256)
-    pack_kernel(bf16 *packed, const bf16 *matrix, const int32_t *rows, const int32_t *offsets, int groups, int64_t count, int width, int64_t stride) {
-  const int64_t row = (int64_t)blockIdx.x * 8 + (threadIdx.x >> 5);
-  if (row >= count) return;
-  int64_t from = row;
-  if (offsets) {
-    int g = 0;
-    while (g + 1 < groups && row >= packed_start(offsets, g + 1)) g++;
-    from = offsets[g] + row - packed_start(offsets, g);
-    if (from >= offsets[g + 1]) from = -1;
-  }
-  const int64_t source = from >= 0 ? (int64_t)rows[from] * stride : 0;
-  for (int column = (threadIdx.x & 31) * 8; column < width; column += 256)
-    *reinterpret_cast<uint4 *>(packed + row * width + column) =
-        from >= 0 ? *reinterpret_cast<const uint4 *>(matrix + source + column) : make_uint4(0, 0, 0, 0);
-}
-
-template <int BN, int STAGES, bool AMN, bool BMN, int GATHER, int EPILOGUE>
+template <int BN, int STAGES, bool AMN, bool BMN, int EPILOGUE>
 __global__ void __launch_bounds__(THREADS, 1)
     wgmma_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
                  const __grid_constant__ CUtensorMap map_gate_up, const __grid_constant__ CUtensorMap map_c,
-                 const __grid_constant__ CUtensorMap map_h, int packed, const __grid_constant__ Product p) {
+                 const __grid_constant__ CUtensorMap map_h, Padded padded, const __grid_constant__ Product p) {
 #if NN_HOPPER
   constexpr int B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES, COLUMNS = EPILOGUE == SWIGLU ? BN / 2 : BN;
   extern __shared__ unsigned char memory[];
@@ -155,7 +81,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const uint32_t boxes = shared + STAGES * STAGE_BYTES, handed = empty + 8 * STAGES, taken = handed + 8 * MULTIPLIER_WARPS;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      barrier_init(full + 8 * s, GATHER == GATHER_NONE ? 1 : 129);
+      barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, MULTIPLIER_WARPS);
     }
     if (EPILOGUE == SWIGLU)
@@ -177,42 +103,20 @@ __global__ void __launch_bounds__(THREADS, 1)
       if ((threadIdx.x & 31) == 0) store_wait_read<0>(); /* the block's memory must stay until then */
       return;
     }
-    if (GATHER == GATHER_NONE && threadIdx.x != 0) return;
-    constexpr int LAG = STAGES - 2;
-    constexpr uint32_t COPIED = (GATHER == GATHER_A ? 0 : A_BYTES) + (GATHER == GATHER_B ? 0 : B_BYTES);
-    Gatherer<GATHER == GATHER_B ? BMN : AMN, GATHER == GATHER_B ? BN : BM> gatherer;
-    if (GATHER == GATHER_A) gatherer.start(p.a, p.a_rows, p.lda);
-    if (GATHER == GATHER_B) gatherer.start(p.b, p.b_rows, p.ldb);
-    int stage = 0, late = 0, steps = 0;
+    if (threadIdx.x != 0) return;
+    int stage = 0;
     uint32_t phase = 1;
     for (int64_t index = blockIdx.x; walk.find(p, index, tile); index += gridDim.x) {
       const int group_a = p.grouping == WHOLE ? tile.group : 0, group_b = p.grouping == WHOLE || p.grouping == GROUP_ROWS ? tile.group : 0;
-      if (GATHER == GATHER_A) gatherer.tile(tile.m0, tile.m_end, tile.k0, tile.k_end);
-      if (GATHER == GATHER_B) gatherer.tile(tile.n0, p.n, tile.k0, tile.k_end);
-      const int shift = packed ? packed_start(p.offsets, tile.group) - (int)tile.k0 : 0;
-      const int shift_a = packed == GATHER_A ? shift : 0, shift_b = packed == GATHER_B ? shift : 0;
+      const int shift = padded != PADDED_NONE ? packed_start(p.offsets, tile.group) - (int)tile.k0 : 0;
+      const int shift_a = padded == PADDED_A ? shift : 0, shift_b = padded == PADDED_B ? shift : 0;
       const int pieces = EPILOGUE == SWIGLU_BACKWARD ? min(BN / 64, ((int)p.n - tile.n0) / 64) : 0;
       for (int64_t k = tile.k0; k < tile.k_end; k += BK) {
         const uint32_t stage_a = shared + stage * STAGE_BYTES, stage_b = stage_a + A_BYTES;
         barrier_wait(empty + 8 * stage, phase);
-        if (threadIdx.x == 0) {
-          barrier_expect(full + 8 * stage, COPIED);
-          if (GATHER != GATHER_A) copy_operand<AMN, BM>(stage_a, &map_a, full + 8 * stage, (int)tile.m0, -1, (int)k + shift_a, group_a);
-          if (GATHER != GATHER_B)
-            copy_operand<BMN, BN>(stage_b, &map_b, full + 8 * stage, tile.n0, EPILOGUE == SWIGLU ? (int)p.n + tile.n0 : -1,
-                                  (int)k + shift_b, group_b);
-        }
-        if (GATHER != GATHER_NONE) {
-          gatherer.copy(GATHER == GATHER_A ? stage_a : stage_b, k, tile.k_end);
-          cp_async_commit();
-          if (steps >= LAG) {
-            cp_async_wait<LAG>();
-            fence_async_shared();
-            barrier_arrive(full + 8 * late);
-            late = late + 1 == STAGES ? 0 : late + 1;
-          }
-          steps++;
-        }
+        barrier_expect(full + 8 * stage, STAGE_BYTES);
+        copy_operand<AMN, BM>(stage_a, &map_a, full + 8 * stage, (int)tile.m0, -1, (int)k + shift_a, group_a);
+        copy_operand<BMN, BN>(stage_b, &map_b, full + 8 * stage, tile.n0, EPILOGUE == SWIGLU ? (int)p.n + tile.n0 : -1, (int)k + shift_b, group_b);
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
       /* Gate and up follow the operands through the same stages, 64 columns each. */
@@ -223,14 +127,6 @@ __global__ void __launch_bounds__(THREADS, 1)
         tensor_copy(at, &map_gate_up, full + 8 * stage, tile.n0 + piece * 64, (int)tile.m0, 0);
         tensor_copy(at + A_BYTES, &map_gate_up, full + 8 * stage, (int)p.n + tile.n0 + piece * 64, (int)tile.m0, 0);
         if (++stage == STAGES) stage = 0, phase ^= 1;
-      }
-    }
-    if (GATHER != GATHER_NONE) {
-      cp_async_wait<0>();
-      fence_async_shared();
-      for (int left = min(steps, LAG); left > 0; left--) {
-        barrier_arrive(full + 8 * late);
-        late = late + 1 == STAGES ? 0 : late + 1;
       }
     }
   } else {
@@ -301,20 +197,20 @@ __global__ void __launch_bounds__(THREADS, 1)
             const uint32_t offset = stage * STAGE_BYTES + (half * 64 + warp * 16) * 128;
             const int column = tile.n0 + piece * 64;
             barrier_wait(full + 8 * stage, phase);
-            swiglu_backward_piece(shared + offset, d + piece * 32, weight, dots);
+            swiglu_backward_piece(shared + offset, d + piece * 32, weight, dots, p.h != NULL);
             fence_async_shared();
             __syncwarp();
             if (rows == 16) {
               if (lane == 0) {
                 tensor_store(&map_c, shared + offset, column, (int)row0, 0);
                 tensor_store(&map_c, shared + offset + A_BYTES, (int)p.n + column, (int)row0, 0);
-                tensor_store(&map_h, shared + offset + 2 * A_BYTES, column, (int)row0, 0);
+                if (p.h) tensor_store(&map_h, shared + offset + 2 * A_BYTES, column, (int)row0, 0);
               }
             } else {
               bf16 *out = (bf16 *)p.c + row0 * 2 * p.n + column;
               copy_box(out, 2 * p.n, shared + offset, rows, 64);
               copy_box(out + p.n, 2 * p.n, shared + offset + A_BYTES, rows, 64);
-              copy_box((bf16 *)p.weighted_h + row0 * p.n + column, p.n, shared + offset + 2 * A_BYTES, rows, 64);
+              if (p.h) copy_box((bf16 *)p.h + row0 * p.n + column, p.n, shared + offset + 2 * A_BYTES, rows, 64);
             }
             if (lane == 0) store_commit();
             if (late >= 0) release_stored(late, false);
@@ -376,17 +272,15 @@ bool nn_tensor_map_rows(CUtensorMap *map, const float *matrix, int64_t columns, 
 /* The results in boxes of 16 rows. */
 template <int EPILOGUE>
 static bool map_results(const Product &p, CUtensorMap *map_c, CUtensorMap *map_h) {
-  if (EPILOGUE != STORE) {
-    void *h = EPILOGUE == SWIGLU ? p.h_out : p.weighted_h;
-    return (!p.c || nn_tensor_map(map_c, p.c, 2 * p.n, p.m, 1, 2 * p.n, 0, 16)) && nn_tensor_map(map_h, h, p.n, p.m, 1, p.n, 0, 16);
-  }
+  if (EPILOGUE != STORE)
+    return (!p.c || nn_tensor_map(map_c, p.c, 2 * p.n, p.m, 1, 2 * p.n, 0, 16)) && (!p.h || nn_tensor_map(map_h, p.h, p.n, p.m, 1, p.n, 0, 16));
   const int64_t groups = p.grouping == GROUP_ROWS ? 1 : p.groups;
   if (p.out_dtype == NN_BF16) return nn_tensor_map(map_c, p.c, p.n, p.m, groups, p.ldc, p.c_stride, 16);
   return p.grouping != GROUP_ROWS && (p.beta == 0.0f || p.beta == 1.0f) && nn_tensor_map_f32(map_c, p.c, p.n, p.m, groups, p.ldc, p.c_stride, 16);
 }
 
-template <int BN, int STAGES, bool AMN, bool BMN, int GATHER, int EPILOGUE>
-static nn_status launch(nn_context *context, Product &p, int packed) {
+template <int BN, int STAGES, bool AMN, bool BMN, int EPILOGUE>
+static nn_status launch(nn_context *context, Product &p, Padded padded = PADDED_NONE) {
   CUtensorMap map_a = {}, map_b = {}, map_gate_up = {}, map_c = {}, map_h = {};
   if (EPILOGUE == SWIGLU_BACKWARD) {
     p.dot_parts = (int)ceil_div(p.n, BN);
@@ -394,38 +288,18 @@ static nn_status launch(nn_context *context, Product &p, int packed) {
   }
   if (!map_results<EPILOGUE>(p, &map_c, &map_h)) return NN_ERROR_UNSUPPORTED;
   const bool batch = p.grouping == WHOLE && p.groups > 1, weights = batch || p.grouping == GROUP_ROWS;
-  if (GATHER != GATHER_A && !nn_tensor_map(&map_a, p.a, AMN ? p.m : p.k, packed == GATHER_A ? p.a_row_count : AMN ? p.k : p.m, batch ? p.groups : 1, p.lda, p.a_stride, AMN ? 64 : BM))
+  if (!nn_tensor_map(&map_a, p.a, AMN ? p.m : p.k, padded == PADDED_A ? p.padded_rows : AMN ? p.k : p.m, batch ? p.groups : 1, p.lda, p.a_stride, AMN ? 64 : BM))
     return NN_ERROR_UNSUPPORTED;
   const int64_t n = EPILOGUE == SWIGLU ? 2 * p.n : p.n;
-  if (GATHER != GATHER_B && !nn_tensor_map(&map_b, p.b, BMN ? n : p.k, packed == GATHER_B ? p.b_row_count : BMN ? p.k : n, weights ? p.groups : 1, p.ldb, p.b_stride,
-                                           BMN ? 64 : EPILOGUE == SWIGLU ? BN / 2 : BN))
+  if (!nn_tensor_map(&map_b, p.b, BMN ? n : p.k, padded == PADDED_B ? p.padded_rows : BMN ? p.k : n, weights ? p.groups : 1, p.ldb, p.b_stride,
+                     BMN ? 64 : EPILOGUE == SWIGLU ? BN / 2 : BN))
     return NN_ERROR_UNSUPPORTED;
   const int bytes = shared_bytes(BN, STAGES, EPILOGUE);
-  auto kernel = wgmma_kernel<BN, STAGES, AMN, BMN, GATHER, EPILOGUE>;
+  auto kernel = wgmma_kernel<BN, STAGES, AMN, BMN, EPILOGUE>;
   NN_CUDA(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   int64_t tiles = most_tiles<BM, EPILOGUE == SWIGLU ? BN / 2 : BN>(p), most = context->multiprocessors;
-  kernel<<<(unsigned)(tiles < most ? tiles : most), THREADS, bytes, context->stream>>>(map_a, map_b, map_gate_up, map_c, map_h, packed, p);
+  kernel<<<(unsigned)(tiles < most ? tiles : most), THREADS, bytes, context->stream>>>(map_a, map_b, map_gate_up, map_c, map_h, padded, p);
   return NN_OK;
-}
-
-/* Packs the gathered rows into the workspace where they are `enough` and it has room: to the same bits. p then gathers nothing; `packed` says
- * which operand of GROUP_DEPTH is padded. */
-static void pack(nn_context *context, Product &p, int *packed, int64_t enough = PACK_ROWS) {
-  const bool depth = p.grouping == GROUP_DEPTH;
-  const int64_t slots = depth ? p.k : p.m, width = p.b_rows ? p.n : depth ? p.m : p.k;
-  if (slots < enough) return;
-  const int64_t count = depth ? ceil_div(slots, BK) * BK + (int64_t)BK * p.groups : slots;
-  Scratch scratch(context);
-  if (p.row_dots) scratch.take<float>(p.m * most_dot_parts(p.n)); /* the caller's, at the start of the workspace */
-  bf16 *rows = scratch.take<bf16>(count * width);
-  if (!scratch.fits()) return;
-  pack_kernel<<<(unsigned)ceil_div(count, 8), 256, 0, context->stream>>>(rows, (const bf16 *)(p.b_rows ? p.b : p.a), p.b_rows ? p.b_rows : p.a_rows,
-                                                                        depth ? p.offsets : NULL, p.groups, count, (int)width, p.b_rows ? p.ldb : p.lda);
-  if (depth) *packed = p.b_rows ? GATHER_B : GATHER_A;
-  if (p.b_rows)
-    p.b = rows, p.ldb = width, p.b_rows = NULL, p.b_row_count = count;
-  else
-    p.a = rows, p.lda = width, p.a_rows = NULL, p.a_row_count = count;
 }
 
 /* Whether tiles of 192 columns keep the chip busy for a shorter time than tiles of 256: where those leave much of the last round idle. */
@@ -436,37 +310,26 @@ static bool narrow_tiles(nn_context *context, const Product &p) {
   return narrow * 10 <= wide * 9;
 }
 
-#define LAUNCH(...) launch<256, 4, __VA_ARGS__>(context, p, packed)
-#define LAUNCH_NARROW(...) launch<192, 4, __VA_ARGS__>(context, p, packed)
-
-/* NN_ERROR_UNSUPPORTED where this core cannot: product.cu then takes the mma.sync one. */
+/* NN_ERROR_UNSUPPORTED where this core cannot, or has no room to pack gathered rows: product.cu then takes the mma.sync one. */
 nn_status nn_product_wgmma(nn_context *context, Product &p) {
   if (p.k < BK || p.n < 64 || p.n % 8 || p.ldc % 8 || p.c_stride % 8 || !aligned16(p.c)) return NN_ERROR_UNSUPPORTED;
   if (p.beta != 0.0f && p.out_dtype == NN_BF16) return NN_ERROR_UNSUPPORTED;
-  int packed = GATHER_NONE;
+  const bool gathers = p.a_rows || p.b_rows;
   if (p.epilogue == SWIGLU) {
-    if (p.a_mn || p.b_mn || !p.a_rows || !aligned16(p.h_out)) return NN_ERROR_UNSUPPORTED;
-    pack(context, p, &packed, 0); /* the loader's other warps, which would gather, are the finishers */
-    return p.a_rows ? NN_ERROR_UNSUPPORTED : launch<256, 3, false, false, GATHER_NONE, SWIGLU>(context, p, packed);
+    if (p.a_mn || p.b_mn || !p.a_rows || !aligned16(p.h) || !nn_pack_rows(context, p, false)) return NN_ERROR_UNSUPPORTED;
+    return launch<256, 3, false, false, SWIGLU>(context, p);
   }
   if (p.epilogue == SWIGLU_BACKWARD) {
-    if (p.a_mn || !p.b_mn || !p.a_rows || p.n % 64 || !aligned16(p.weighted_h) || !aligned16(p.gate_up)) return NN_ERROR_UNSUPPORTED;
-    pack(context, p, &packed);
-    return p.a_rows ? NN_ERROR_UNSUPPORTED : LAUNCH(false, true, GATHER_NONE, SWIGLU_BACKWARD);
+    if (p.a_mn || !p.b_mn || !p.a_rows || p.n % 64 || !aligned16(p.h) || !aligned16(p.gate_up) || !nn_pack_rows(context, p, false)) return NN_ERROR_UNSUPPORTED;
+    return launch<256, 4, false, true, SWIGLU_BACKWARD>(context, p);
   }
-  if (p.grouping == GROUP_DEPTH) { /* the gathered operand's zeros mask the depths of the next group */
-    if (!p.a_mn || !p.b_mn || (p.a_rows == NULL) == (p.b_rows == NULL)) return NN_ERROR_UNSUPPORTED;
-    pack(context, p, &packed);
-    if (packed == GATHER_NONE) return p.a_rows ? LAUNCH(true, true, GATHER_A, STORE) : LAUNCH(true, true, GATHER_B, STORE);
-    return LAUNCH(true, true, GATHER_NONE, STORE);
+  if (p.grouping == GROUP_DEPTH) { /* the packed operand's zeros mask the depths of the next group */
+    const Padded padded = p.a_rows ? PADDED_A : PADDED_B;
+    if (!p.a_mn || !p.b_mn || !gathers || (p.a_rows && p.b_rows) || !nn_pack_rows(context, p, true)) return NN_ERROR_UNSUPPORTED;
+    return launch<256, 4, true, true, STORE>(context, p, padded);
   }
-  if (p.b_rows || (p.a_mn && (!p.b_mn || p.a_rows))) return NN_ERROR_UNSUPPORTED;
-  if (p.a_rows) {
-    if (p.grouping != GROUP_ROWS || !p.b_mn) return NN_ERROR_UNSUPPORTED;
-    pack(context, p, &packed);
-    if (p.a_rows) return LAUNCH(false, true, GATHER_A, STORE);
-  }
-  if (p.a_mn) return LAUNCH(true, true, GATHER_NONE, STORE);
-  if (narrow_tiles(context, p)) return p.b_mn ? LAUNCH_NARROW(false, true, GATHER_NONE, STORE) : LAUNCH_NARROW(false, false, GATHER_NONE, STORE);
-  return p.b_mn ? LAUNCH(false, true, GATHER_NONE, STORE) : LAUNCH(false, false, GATHER_NONE, STORE);
+  if (gathers || (p.a_mn && !p.b_mn)) return NN_ERROR_UNSUPPORTED;
+  if (p.a_mn) return launch<256, 4, true, true, STORE>(context, p);
+  if (narrow_tiles(context, p)) return p.b_mn ? launch<192, 4, false, true, STORE>(context, p) : launch<192, 4, false, false, STORE>(context, p);
+  return p.b_mn ? launch<256, 4, false, true, STORE>(context, p) : launch<256, 4, false, false, STORE>(context, p);
 }

@@ -205,13 +205,13 @@ __device__ __forceinline__ void finish_swiglu(const Product &p, const Tile &tile
     barrier_wait(handed + 8 * warp, phase);
     swiglu_box(h, gate, gate + 2 * BOX_BYTES);
     barrier_arrive(taken + 8 * warp);
-    take_away(map_h, (bf16 *)p.h_out, p.n, h, row0, rows_inside(tile, row0), column, (int)p.n - column, 0);
+    take_away(map_h, (bf16 *)p.h, p.n, h, row0, rows_inside(tile, row0), column, (int)p.n - column, 0);
   }
 }
 
 /* dSwiGLU of 16 rows by 64 columns, in place in a stage that holds gate and up [128 x 64, swizzled] behind each other: dh in d, then
- * dgate, dup and the weighted h in memory. `base`: the warp's rows of gate. Adds dh . h of rows lane/4 and lane/4 + 8 to dots. */
-__device__ __forceinline__ void swiglu_backward_piece(uint32_t base, const float *d, const float (&weight)[2], float (&dots)[2]) {
+ * dgate, dup and, if it is to be stored, h behind each other. `base`: the warp's rows of gate. Adds dh . h of rows lane/4 and lane/4 + 8 to dots. */
+__device__ __forceinline__ void swiglu_backward_piece(uint32_t base, const float *d, const float (&weight)[2], float (&dots)[2], bool stores_h) {
   const int lane = threadIdx.x & 31, row = (lane & 7) + (lane & 8);
 #pragma unroll
   for (int i = 0; i < 4; i++) { /* matrices: columns 16i .. +8 of rows 0..7 and 8..15, then the next 8 columns */
@@ -226,15 +226,15 @@ __device__ __forceinline__ void swiglu_backward_piece(uint32_t base, const float
       const float2 g = unpack_bf16(gate[m]), u = unpack_bf16(up[m]);
       const float sx = sigmoid<bf16>(g.x), sy = sigmoid<bf16>(g.y), wx = weight[half] * dh.x, wy = weight[half] * dh.y;
       const float ax = __fmul_rn(g.x, sx), ay = __fmul_rn(g.y, sy); /* silu, whose derivative is s + silu * (1 - s) */
-      const float2 hv = unpack_bf16(pack_bf16(__fmul_rn(ax, u.x), __fmul_rn(ay, u.y)));
+      h[m] = pack_bf16(__fmul_rn(ax, u.x), __fmul_rn(ay, u.y));
+      const float2 hv = unpack_bf16(h[m]);
       dots[half] += dh.x * hv.x + dh.y * hv.y;
-      h[m] = pack_bf16(weight[half] * hv.x, weight[half] * hv.y);
       gate[m] = pack_bf16(wx * u.x * (sx + ax * (1.0f - sx)), wy * u.y * (sy + ay * (1.0f - sy)));
       up[m] = pack_bf16(wx * ax, wy * ay);
     }
     store_matrices(at, gate[0], gate[1], gate[2], gate[3]);
     store_matrices(at + A_BYTES, up[0], up[1], up[2], up[3]);
-    store_matrices(at + 2 * A_BYTES, h[0], h[1], h[2], h[3]);
+    if (stores_h) store_matrices(at + 2 * A_BYTES, h[0], h[1], h[2], h[3]);
   }
 }
 

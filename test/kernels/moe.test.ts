@@ -148,7 +148,7 @@ function combine(shape: Shape, plain: boolean): Case {
       });
 }
 
-function downBackward(shape: Shape, kept: boolean): Case {
+function downBackward(shape: Shape, stores: boolean): Case {
   const { T, H, F, E, K } = shape;
   const N = T * K;
   const routing = route(shape);
@@ -169,7 +169,6 @@ function downBackward(shape: Shape, kept: boolean): Case {
     const slope = j < F ? up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate))) : silu(gate);
     return slotWeight[slot]! * dh[slot * F + (j % F)]! * slope;
   });
-  const weightedH = Float64Array.from({ length: N * F }, (_, i) => slotWeight[Math.floor(i / F)]! * h[i]!);
   const dweight = Float64Array.from(slotOf, (slot) => {
     let dot = 0;
     for (let j = 0; j < F; j++) dot += dh[slot * F + j]! * h[slot * F + j]!;
@@ -179,23 +178,22 @@ function downBackward(shape: Shape, kept: boolean): Case {
   const dots = Array.from(slotOf, (slot) => h.subarray(slot * F, (slot + 1) * F).reduce((sum, value) => sum + Math.abs(value), 0));
   const loose = { ...tolerance, absolute: tolerance.absolute * Math.max(slope, ...dots), relative: 4e-6 };
   const buffers = {
-    dgateUp: output('f32', N * 2 * F), weightedH: output('f32', N * F), dweight: output('f32', N), dout: input(dout), gateUp: input(gateUp),
+    dgateUp: output('f32', N * 2 * F), dweight: output('f32', N), dout: input(dout), gateUp: input(gateUp),
     slotToken: input(slotToken), slotWeight: input(slotWeight), slotOf: input(slotOf), offsets: input(offsets), weights: input(weights),
   };
-  const expected = () => ({ dgateUp, weightedH, dweight });
   const workspace = { T, H, F, E, K };
-  return kept
+  return stores
     ? define({
-        kernel: 'moe_down_backward', sizes: name(shape), buffers: { ...buffers, h: input(h) },
+        kernel: 'moe_down_backward', sizes: `${name(shape)}, h stored again`, buffers: { ...buffers, h: output('f32', N * F) },
         run: (kernels, t) =>
-          kernels.moeDownBackward(t.dgateUp, t.weightedH, t.dweight, t.dout, t.gateUp, t.h, t.slotToken, t.slotWeight, t.slotOf, t.offsets, t.weights, T, H, F, E, K, 'f32'),
-        expected, tolerance: loose, workspace, aliases: [['dgateUp', 'gateUp'], ['weightedH', 'h']],
+          kernels.moeDownBackward(t.dgateUp, t.h, t.dweight, t.dout, t.gateUp, t.slotToken, t.slotWeight, t.slotOf, t.offsets, t.weights, T, H, F, E, K, 'f32'),
+        expected: () => ({ dgateUp, h, dweight }), tolerance: loose, workspace, aliases: [['dgateUp', 'gateUp']],
       })
     : define({
-        kernel: 'moe_down_backward', sizes: `${name(shape)}, h computed again`, buffers,
+        kernel: 'moe_down_backward', sizes: name(shape), buffers,
         run: (kernels, t) =>
-          kernels.moeDownBackward(t.dgateUp, t.weightedH, t.dweight, t.dout, t.gateUp, null, t.slotToken, t.slotWeight, t.slotOf, t.offsets, t.weights, T, H, F, E, K, 'f32'),
-        expected, tolerance: loose, workspace, aliases: [['dgateUp', 'gateUp']],
+          kernels.moeDownBackward(t.dgateUp, null, t.dweight, t.dout, t.gateUp, t.slotToken, t.slotWeight, t.slotOf, t.offsets, t.weights, T, H, F, E, K, 'f32'),
+        expected: () => ({ dgateUp, dweight }), tolerance: loose, workspace, aliases: [['dgateUp', 'gateUp']],
       });
 }
 
@@ -203,21 +201,24 @@ function downWeightGradient(shape: Shape): Case {
   const { T, H, F, E, K } = shape;
   const routing = route(shape);
   const dout = withTinyColumns(numbers(T * H, 61), H);
-  const weightedH = withTinyColumns(numbers(T * K * F, 62), F);
+  const h = withTinyColumns(numbers(T * K * F, 62), F);
+  const { slotToken, slotWeight, offsets } = routing;
+  const weighted = Float64Array.from({ length: T * K * H }, (_, i) => slotWeight[Math.floor(i / H)]! * dout[slotToken[Math.floor(i / H)]! * H + (i % H)]!);
   const { exact, tolerance } = grouped(shape, routing, (_, first, count) => [
-    { values: dout, columns: H, rows: (row) => routing.slotToken[first + row]!, transposed: true },
-    { values: weightedH.subarray(first * F), columns: F }, H, F, count,
+    { values: weighted.subarray(first * H), columns: H, transposed: true }, { values: h.subarray(first * F), columns: F }, H, F, count,
   ]);
   return define({
     kernel: 'moe_down_weight_gradient', sizes: name(shape),
     buffers: {
-      gradient: accumulate(numbers(E * H * F, 63)), stored: output('f32', E * H * F), dout: input(dout), weightedH: input(weightedH), slotToken: input(routing.slotToken),
-      offsets: input(routing.offsets),
+      gradient: accumulate(numbers(E * H * F, 63)), stored: output('f32', E * H * F), dout: input(dout), h: input(h), slotToken: input(slotToken),
+      slotWeight: input(slotWeight), offsets: input(offsets),
     },
     run: (kernels, t) => {
-      for (const [out, add] of [[t.gradient, 1], [t.stored, 0]] as const) kernels.moeDownWeightGradient(out, t.dout, t.weightedH, t.slotToken, t.offsets, T, H, F, E, K, add, 'f32');
+      for (const [out, add] of [[t.gradient, 1], [t.stored, 0]] as const) {
+        kernels.moeDownWeightGradient(out, t.dout, t.h, t.slotToken, t.slotWeight, t.offsets, T, H, F, E, K, add, 'f32');
+      }
     },
-    expected: () => ({ gradient: exact, stored: exact }), tolerance, same: [['stored', 'gradient']],
+    expected: () => ({ gradient: exact, stored: exact }), tolerance, workspace: { T, H, F, E, K }, same: [['stored', 'gradient']],
   });
 }
 

@@ -1,7 +1,8 @@
 /**
- * bf16 at the borders of what the tensor-core kernels are cut into: product tiles of 128 x 256 x 64 and 128 x 192 x 64, rows that are gathered by the loads and
- * rows that are packed first (2,048 slots), attention tiles of 64, 128 and 192 rows, sequences that end inside of one, chunks of the
- * loss; and the kernels of a decoding step, which are bf16's only. The reference is the CPU (bf16.ts), so that sizes may be what would take JavaScript minutes. Used by tiles.test.ts on a GPU.
+ * bf16 at the borders of what the tensor-core kernels are cut into: product tiles of 128 x 256 x 64 and 128 x 192 x 64, experts whose rows
+ * end in a tile's first or second half, attention tiles of 64, 128 and 192 rows, sequences that end inside of one, chunks of the loss;
+ * and the kernels of a decoding step, which are bf16's only. The reference is the CPU (bf16.ts), so that sizes may be what would take
+ * JavaScript minutes. Used by tiles.test.ts on a GPU.
  */
 import type { Case, CaseBuffer } from './harness.ts';
 import { accumulate, define, inout, input, integers, numbers, output, withTinyColumns } from './harness.ts';
@@ -58,7 +59,6 @@ function routed(T: number, E: number, K: number, used: number) {
   };
 }
 
-/** 700 x 4 slots are packed, 500 x 4 are not. */
 const EXPERTS = [
   [700, 128, 192, 5, 4, 5], [700, 128, 200, 5, 4, 5], [500, 128, 192, 5, 4, 5], [513, 64, 320, 8, 4, 4], [1100, 192, 64, 3, 2, 3], [130, 256, 768, 4, 2, 3],
 ] as const;
@@ -82,14 +82,14 @@ const experts = (): Case[] => EXPERTS.flatMap(
       }),
       define({
         ...common, kernel: 'moe_down_backward',
-        buffers: { dgateUp: output('f32', N * 2 * F), weightedH: output('f32', N * F), dweight: output('f32', N), dout: x, gateUp, slotToken, slotWeight, slotOf, offsets, down },
-        run: (k, t) => k.moeDownBackward(t.dgateUp, t.weightedH, t.dweight, t.dout, t.gateUp, null, t.slotToken, t.slotWeight, t.slotOf, t.offsets, t.down, T, H, F, E, K, 'f32'),
+        buffers: { dgateUp: output('f32', N * 2 * F), h: output('f32', N * F), dweight: output('f32', N), dout: x, gateUp, slotToken, slotWeight, slotOf, offsets, down },
+        run: (k, t) => k.moeDownBackward(t.dgateUp, t.h, t.dweight, t.dout, t.gateUp, t.slotToken, t.slotWeight, t.slotOf, t.offsets, t.down, T, H, F, E, K, 'f32'),
       }),
       define({
         ...common, kernel: 'moe_down_weight_gradient', same: [['stored', 'dw']],
-        buffers: { dw: accumulate(numbers(E * H * F, 16)), stored: output('f32', E * H * F), dout: tinyX, h: tinyH, slotToken, offsets },
+        buffers: { dw: accumulate(numbers(E * H * F, 16)), stored: output('f32', E * H * F), dout: tinyX, h: tinyH, slotToken, slotWeight, offsets },
         run: (k, t) => {
-          for (const [out, add] of [[t.dw, 1], [t.stored, 0]] as const) k.moeDownWeightGradient(out, t.dout, t.h, t.slotToken, t.offsets, T, H, F, E, K, add, 'f32');
+          for (const [out, add] of [[t.dw, 1], [t.stored, 0]] as const) k.moeDownWeightGradient(out, t.dout, t.h, t.slotToken, t.slotWeight, t.offsets, T, H, F, E, K, add, 'f32');
         },
       }),
       define({

@@ -103,7 +103,7 @@ if (reason !== undefined) process.stderr.write(`skipped: ${COUNT} tests of train
     it(`gives the same bits in ${precision} whatever is computed again`, () => {
       const none = train(device, { precision, recompute: 'none' }, 3).digests;
       expect(train(device, { precision, recompute: 'swiglu' }, 3).digests).to.deep.equal(none);
-      for (const keep of [undefined, { attention: 0, gateUp: 0 }, { attention: 3, gateUp: 0 }, { attention: 4, gateUp: 2 }]) {
+      for (const keep of [undefined, { attention: 0, gateUp: 0, h: 0 }, { attention: 3, gateUp: 0, h: 0 }, { attention: 4, gateUp: 2, h: 0 }, { attention: 4, gateUp: 3, h: 2 }]) {
         expect(train(device, { precision, recompute: 'layer', keep }, 3).digests).to.deep.equal(none);
       }
     });

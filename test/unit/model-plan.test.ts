@@ -143,15 +143,16 @@ describe('memory plan of 6.9b on a GPU with 139.8 GiB', () => {
     expect(memoryPlan({ ...large(8, 4096), recompute: 'swiglu' }, workspace).totalBytes).to.be.above(available);
   });
 
-  it('computes less again where memory is left: all attention is kept, and gate and up of so many layers', () => {
+  it('computes less again where memory is left: all attention is kept, gate and up of so many layers, and then h of so many', () => {
     const rows = [
-      [1, 'fp32', 30], [2, 'fp32', 30], [4, 'fp32', 19], [8, 'fp32', 7], [2, 'bf16', 30], [4, 'bf16', 30], [8, 'bf16', 16], [16, 'fp32', 2],
+      [1, 'fp32', 30, 30], [2, 'fp32', 30, 25], [4, 'fp32', 19, 1], [8, 'fp32', 7, 1], [2, 'bf16', 30, 30], [4, 'bf16', 30, 13], [8, 'bf16', 16, 1], [16, 'fp32', 2, 1],
     ] as const;
-    for (const [sequences, stateDtype, gateUp] of rows) {
+    for (const [sequences, stateDtype, gateUp, h] of rows) {
       const { plan, keep } = planWithin(large(sequences, 4096, stateDtype), workspace, available);
-      expect(keep, `${sequences} sequences, ${stateDtype}`).to.deep.equal({ attention: 30, gateUp });
+      expect(keep, `${sequences} sequences, ${stateDtype}`).to.deep.equal({ attention: 30, gateUp, h });
       expect(plan.totalBytes).to.be.at.most(available);
-      if (gateUp < 30) expect(memoryPlan({ ...large(sequences, 4096, stateDtype), keep: { attention: 30, gateUp: gateUp + 1 } }, workspace).totalBytes).to.be.above(available);
+      const more = gateUp < 30 ? { attention: 30, gateUp: gateUp + 1, h } : { attention: 30, gateUp, h: h + 1 };
+      if (h < 30) expect(memoryPlan({ ...large(sequences, 4096, stateDtype), keep: more }, workspace).totalBytes).to.be.above(available);
     }
   });
 
@@ -160,13 +161,14 @@ describe('memory plan of 6.9b on a GPU with 139.8 GiB', () => {
     expect(keep.gateUp).to.equal(1);
     expect(keep.attention).to.be.within(2, 29);
     expect(plan.totalBytes).to.be.at.most(available);
-    expect(planWithin(large(64, 4096), workspace, available).keep).to.deep.equal({ attention: 1, gateUp: 1 });
+    expect(planWithin(large(64, 4096), workspace, available).keep).to.deep.equal({ attention: 1, gateUp: 1, h: 1 });
     expect(planWithin({ ...large(1, 4096), recompute: 'swiglu' }, workspace, available).plan).to.deep.equal(memoryPlan({ ...large(1, 4096), recompute: 'swiglu' }, workspace));
   });
 
   it('never lets buffers of a plan that are alive at once share bytes, whatever is kept', () => {
     const small = options({ ...PRESETS.tiny, layers: 5 }, { recompute: 'layer' });
-    for (const keep of [{ attention: 0, gateUp: 0 }, { attention: 3, gateUp: 2 }, { attention: 5, gateUp: 4 }, { attention: 2, gateUp: 4 }]) {
+    for (const [attention, gateUp, h] of [[0, 0, 0], [3, 2, 0], [5, 4, 0], [2, 4, 0], [5, 5, 3], [2, 1, 4]] as const) {
+      const keep = { attention, gateUp, h };
       const buffers = [...memoryPlan({ ...small, keep }).buffers.values()].filter(({ length }) => length > 0);
       const end = ({ offset, length, dtype }: (typeof buffers)[number]): number => offset + length * { f32: 4, i32: 4, u8: 1, f64: 8, u64: 8, i64: 8, u16: 2, bf16: 2 }[dtype];
       for (const [at, a] of buffers.entries()) {

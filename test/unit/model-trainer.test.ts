@@ -107,11 +107,12 @@ describe('trainer', () => {
   });
 
   it('gives the same bits whatever layer mode keeps', () => {
-    const nothing = train(make({ recompute: 'layer', keep: { attention: 0, gateUp: 0 } }), 2);
-    for (const keep of [{ attention: 2, gateUp: 0 }, { attention: 3, gateUp: 2 }, { attention: 3, gateUp: 3 }, { attention: 0, gateUp: 2 }]) {
+    const nothing = train(make({ recompute: 'layer', keep: { attention: 0, gateUp: 0, h: 0 } }), 2);
+    const kept = [[2, 0, 0], [3, 2, 0], [3, 3, 0], [0, 2, 0], [3, 3, 2], [3, 3, 3]] as const;
+    for (const keep of kept.map(([attention, gateUp, h]) => ({ attention, gateUp, h }))) {
       expect(train(make({ recompute: 'layer', keep }), 2)).to.deep.equal(nothing);
     }
-    expect(make({ recompute: 'layer' }).keep).to.deep.equal({ attention: 1, gateUp: 1 });
+    expect(make({ recompute: 'layer' }).keep).to.deep.equal({ attention: 1, gateUp: 1, h: 1 });
   });
 
   it('gives the same bits on 1 and on 3 threads', () => {

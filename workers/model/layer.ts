@@ -37,11 +37,11 @@ export function layerInner(
   expertsForward(kernels, state, weights, batch, sizes);
 }
 
-/** dx comes in as the gradient of the layer's output and goes out as that of x. `keepsH`: the state's h is still there. `accumulate`: see moeBackward. */
+/** dx comes in as the gradient of the layer's output and goes out as that of x. `accumulate`: see moeBackward. */
 export function layerBackward(
-  kernels: Kernels, dx: Tensor, gradients: LayerViews, scratch: LayerScratch, state: LayerState, keepsH: boolean, x: Tensor, weights: LayerViews,
-  rope: RopeTables, batch: BatchSizes, sizes: Sizes, auxScale: number, accumulate: boolean,
+  kernels: Kernels, dx: Tensor, gradients: LayerViews, scratch: LayerScratch, state: LayerState, x: Tensor, weights: LayerViews, rope: RopeTables,
+  batch: BatchSizes, sizes: Sizes, auxScale: number, accumulate: boolean,
 ): void {
-  moeBackward(kernels, dx, gradients, scratch, state, keepsH ? state.h : null, weights, batch, sizes, auxScale, accumulate);
+  moeBackward(kernels, dx, gradients, scratch, state, weights, batch, sizes, auxScale, accumulate);
   attentionBackward(kernels, dx, gradients, scratch, state, x, weights, rope, batch, sizes);
 }

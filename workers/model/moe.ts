@@ -27,7 +27,7 @@ export interface MoeState {
 
 /** Scratch of the backward. */
 export interface MoeScratch {
-  readonly weightedH: Tensor; // [N, F]; may be the state's h
+  readonly h: Tensor | null; // [N, F]: to store h again; null: the state's is still there
   readonly dweight: Tensor; // f32 [T, K]
   readonly dslots: Tensor; // [N, H]
   readonly dlogits: Tensor; // f32 [T, E]
@@ -60,21 +60,18 @@ export function combineForward(
 /**
  * dx = the gradient of `sum`, where dx comes in as the gradient of the layer's output; the weights' gradients are added to;
  * without `accumulate` those of the experts' matrices are stored instead, all of them, whatever is there.
- * `h` is the state's, or null to have it computed again. auxScale: aux loss weight / microbatches of the step. gateUp is
- * overwritten by its gradient.
+ * auxScale: aux loss weight / microbatches of the step. gateUp is overwritten by its gradient.
  */
 export function moeBackward(
-  kernels: Kernels, dx: Tensor, gradients: LayerViews, scratch: MoeScratch, state: MoeState, h: Tensor | null, weights: LayerViews,
-  { T }: BatchSizes, sizes: Sizes, auxScale: number, accumulate: boolean,
+  kernels: Kernels, dx: Tensor, gradients: LayerViews, scratch: MoeScratch, state: MoeState, weights: LayerViews, { T }: BatchSizes, sizes: Sizes,
+  auxScale: number, accumulate: boolean,
 ): void {
   const add = accumulate ? 1 : 0;
   const { H, F, E, K, dtype } = sizes;
   const { slotToken, slotWeight, slotOf, offsets } = state;
   const gateUp = state.gateUp!;
-  kernels.moeDownBackward(
-    gateUp, scratch.weightedH, scratch.dweight, dx, gateUp, h, slotToken, slotWeight, slotOf, offsets, weights.down, T, H, F, E, K, dtype,
-  );
-  kernels.moeDownWeightGradient(gradients.down, dx, scratch.weightedH, slotToken, offsets, T, H, F, E, K, add, dtype);
+  kernels.moeDownBackward(gateUp, scratch.h, scratch.dweight, dx, gateUp, slotToken, slotWeight, slotOf, offsets, weights.down, T, H, F, E, K, dtype);
+  kernels.moeDownWeightGradient(gradients.down, dx, scratch.h ?? state.h, slotToken, slotWeight, offsets, T, H, F, E, K, add, dtype);
   kernels.moeUpBackward(scratch.dslots, gateUp, offsets, weights.gateUp, T, H, F, E, K, dtype);
   kernels.moeUpWeightGradient(gradients.gateUp, gateUp, state.normed2, slotToken, offsets, T, H, F, E, K, add, dtype);
   kernels.softmaxTopkBackward(scratch.dlogits, scratch.dweight, state.probability, state.weight, state.index, state.load, T, E, K, auxScale);

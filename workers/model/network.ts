@@ -11,7 +11,7 @@ import { layerBackward, layerForward, layerInner } from './layer.ts';
 import type { LayerScratch, LayerState } from './layer.ts';
 import { expertsForward } from './moe.ts';
 import type { ModelViews } from './parameters.ts';
-import { hasH, reportBytes } from './plan.ts';
+import { reportBytes } from './plan.ts';
 import type { Kept, ScratchName, StateName } from './plan.ts';
 import { Replay } from './replay.ts';
 import type { BatchSizes, Sizes } from './sizes.ts';
@@ -139,7 +139,7 @@ export class Network {
       const { x, kept, backState, scratch } = this.#layers[layer]!;
       if (kept === 'nothing') layerInner(kernels, backState, x, weights.layers[layer]!, this.#rope, of, sizes);
       else if (kept === 'attention') expertsForward(kernels, backState, weights.layers[layer]!, of, sizes);
-      layerBackward(kernels, dx, gradients.layers[layer]!, scratch!, backState, hasH(kept), x, weights.layers[layer]!, this.#rope, of, sizes, scale.aux, accumulate);
+      layerBackward(kernels, dx, gradients.layers[layer]!, scratch!, backState, x, weights.layers[layer]!, this.#rope, of, sizes, scale.aux, accumulate);
     }
     embeddingBackward(kernels, gradients, dx, this.#tokens, of, sizes);
   }
@@ -226,9 +226,8 @@ function stateFrom(arena: Arena, prefix: string, load: Tensor): LayerState {
 function scratchFrom(arena: Arena, layer: number): LayerScratch {
   const at = (name: ScratchName): Tensor => arena.tensor(`back.${layer}.${name}`);
   const has = (name: ScratchName): boolean => arena.has(`back.${layer}.${name}`);
-  const h = (): Tensor => arena.tensor(arena.has(`again.${layer}.h`) ? `again.${layer}.h` : `layer.${layer}.h`);
   return {
-    weightedH: has('weightedH') ? at('weightedH') : h(), dweight: at('dweight'), dslots: at('dslots'), dlogits: at('dlogits'),
+    h: has('h') ? at('h') : null, dweight: at('dweight'), dslots: at('dslots'), dlogits: at('dlogits'),
     dlogitsCompute: has('dlogitsCompute') ? at('dlogitsCompute') : at('dlogits'), dnormed2: at('dnormed2'), dattention: at('dattention'),
     dqkv: at('dqkv'), dnormed1: at('dnormed1'),
   };

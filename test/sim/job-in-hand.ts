@@ -8,6 +8,7 @@ import { branchOf } from '../../config/branches.ts';
 import type { ErrorRecord } from '../../config/errors.ts';
 import type { ExitRecord, Result, StepReport } from '../../config/messages.ts';
 import type { NewJob } from '../../orchestrator/run-state.ts';
+import { report } from '../support/machine-table.ts';
 import { chainAt, replicaDigest, shardDigest, stepFrom, sumDigest, weightsDigest } from './chain.ts';
 import type { Ground } from './ground.ts';
 import { keyOf, sumKey } from './storage.ts';
@@ -298,6 +299,4 @@ export class JobInHand {
 
 const CANCELLED: ErrorRecord = { code: 'CANCELLED', message: 'old epoch', context: {} };
 
-const reportOf = (step: number, state: number): StepReport => ({
-  step, loss: state, auxLoss: [1], expertLoad: [[1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 1, skipped: false, nonFinite: null, milliseconds: STEP_MS,
-});
+const reportOf = (step: number, state: number): StepReport => report(step, { loss: state, milliseconds: STEP_MS });

@@ -12,7 +12,8 @@ import type { EvalLine, RollbackLine, RunLine } from '../../orchestrator/metrics
 import { believe } from '../../orchestrator/recovery.ts';
 import { step as applyEvent } from '../../orchestrator/run-machine.ts';
 import { initialState, parseJobId, recordOf } from '../../orchestrator/run-state.ts';
-import type { Effect, JobAddress, MachineEvent, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
+import type { Effect, JobAddress, NewJob, RunSettings, RunState } from '../../orchestrator/run-state.ts';
+import type { Told } from '../support/machine-table.ts';
 import { chainAt } from './chain.ts';
 import type { Ground } from './ground.ts';
 import type { Outside } from './outside.ts';
@@ -22,9 +23,6 @@ import type { SimWorkers } from './workers.ts';
 
 /** Undisturbed, with a worker to be had, a run may be without news no longer. */
 const RECOVERY_MS = 6_000;
-
-/** What reaches an orchestrator; the time is added as it does. */
-export type Heard = MachineEvent extends infer Event ? (Event extends MachineEvent ? Omit<Event, 'atMs'> : never) : never;
 
 export interface OrchestratorOptions {
   readonly ground: Ground;
@@ -157,7 +155,7 @@ export class SimOrchestrator {
   }
 
   /** Nobody hears it while no process runs, or after the end of the run. */
-  hear(event: Heard): void {
+  hear(event: Told): void {
     if (this.#state === null || this.finished !== null) return;
     const before = this.#state;
     if ((event.type === 'progress' || event.type === 'completed') && parseJobId(event.id)!.epoch === before.epoch) this.#newsMs = this.#ground.now;

@@ -19,12 +19,12 @@ import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
 import type { HistoryLine } from '../../orchestrator/history.ts';
 import { queuedRecord } from '../../orchestrator/run-state.ts';
 import type { RunSettings } from '../../orchestrator/run-state.ts';
+import type { Told } from '../support/machine-table.ts';
 import { chooseCurse, generator } from './faults.ts';
 import type { Curse, Faults } from './faults.ts';
 import { Ground } from './ground.ts';
 import type { Word } from './job-in-hand.ts';
 import { SimOrchestrator } from './orchestrator.ts';
-import type { Heard } from './orchestrator.ts';
 import { Outside } from './outside.ts';
 import { RUN, SimDisk, SimRedis } from './storage.ts';
 import { SimWorkers } from './workers.ts';
@@ -145,7 +145,7 @@ export class World {
     const copies = ground.chance(double) ? 2 : 1;
     for (let copy = 0; copy < copies; copy++) {
       const delay = copy === 0 ? ground.random() ** 4 * slowest : ground.random() * 10 * slowest;
-      ground.at(delay, () => this.#orchestrator.hear(word as unknown as Heard));
+      ground.at(delay, () => this.#orchestrator.hear(word as unknown as Told));
     }
   }
 

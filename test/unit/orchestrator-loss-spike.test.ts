@@ -18,12 +18,11 @@ import { rebuild } from '../../orchestrator/restore.ts';
 import { claimDirectory } from '../../orchestrator/run-directory.ts';
 import { Histories } from '../../orchestrator/server/history.ts';
 import { prometheusText } from '../../orchestrator/server/prometheus.ts';
+import { report as anyReport } from '../support/machine-table.ts';
 
 const specOf = (lossSpike: RunSpecInput['lossSpike'], every = 4): RunSpec =>
   parseRunSpec({ name: 'r', model: 'tiny', data: { train: 't' }, steps: 100, batch: { sequences: 1, sequenceLength: 8 }, checkpoint: { every }, lossSpike });
-const report = (step: number, loss: number | null, skipped = false): StepReport => ({
-  step, loss, auxLoss: [1], expertLoad: [[1]], targetTokens: 8, gradientNorm: 1, clipScale: 1, learningRate: 1, skipped, nonFinite: null, milliseconds: 1,
-});
+const report = (step: number, loss: number | null, skipped = false): StepReport => anyReport(step, { loss, skipped, targetTokens: 8 });
 const watch = (spec: RunSpec, losses: readonly (number | null)[], from: LossWatch = UNWATCHED, at = 0): LossWatch =>
   losses.reduce<LossWatch>((state, loss, index) => watchLoss(spec, state, report(at + index + 1, loss)), from);
 

@@ -4,13 +4,11 @@ import { property, assert as check, integer } from 'fast-check';
 import { parseRunSpec } from '../../config/run-spec.ts';
 import type { RunSpec, RunSpecInput } from '../../config/run-spec.ts';
 import { checkpointsToDelete, chooseWay, evalDue, gradientBytes, mostWorkers, nextBoundary, stepEstimateMs } from '../../orchestrator/plan.ts';
-import type { WayInput, WorkerView } from '../../orchestrator/plan.ts';
+import type { WayInput } from '../../orchestrator/plan.ts';
+import { worker } from '../support/machine-table.ts';
 
 const spec = (changes: Partial<RunSpecInput> = {}): RunSpec =>
   parseRunSpec({ name: 'r', model: 'tiny', data: { train: 't', validation: 'v' }, steps: 100, batch: { shards: 4, sequences: 1, sequenceLength: 8 }, ...changes });
-const worker = (id: string, changes: Partial<WorkerView> = {}): WorkerView => ({
-  id, incarnation: `${id}-1`, precisions: ['fp32'], state: 'idle', replica: null, startedAtMs: 0, lastExit: null, heldBy: null, ...changes,
-});
 const way = (changes: Partial<WayInput> = {}): ReturnType<typeof chooseWay> =>
   chooseWay({
     run: 'r', spec: spec(), workers: [worker('a'), worker('b'), worker('c')], excluded: [], home: null, current: null, share: null,

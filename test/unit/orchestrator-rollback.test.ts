@@ -12,16 +12,13 @@ import type { RunLine } from '../../orchestrator/metrics.ts';
 import type { CheckpointPlace, WorkerView } from '../../orchestrator/plan.ts';
 import { step } from '../../orchestrator/run-machine.ts';
 import { initialState, parseJobId, queuedRecord, recordOf } from '../../orchestrator/run-state.ts';
-import type { Effect, MachineEvent, NewJob, RunState } from '../../orchestrator/run-state.ts';
-
-type Told = MachineEvent extends infer Event ? (Event extends MachineEvent ? Omit<Event, 'atMs'> : never) : never;
+import type { Effect, NewJob, RunState } from '../../orchestrator/run-state.ts';
+import { SETTINGS, TIMINGS, hex, report, worker } from '../support/machine-table.ts';
+import type { Told } from '../support/machine-table.ts';
 
 /** The loss of step 6 is above twice the median of the two before; with every 4 the run goes back to version 4. */
 const LOSSES = [1, 1, 1, 1, 1, 9, 9, 9];
-const report = (at: number, loss: number): StepReport => ({
-  step: at, loss, auxLoss: [1], expertLoad: [[1]], targetTokens: 4, gradientNorm: 1, clipScale: 1, learningRate: 1, skipped: false, nonFinite: null, milliseconds: 1,
-});
-const timings = { computeMs: 1, exchangeMs: 1, waitMs: 0 };
+const lossReport = (at: number, loss: number): StepReport => report(at, { loss });
 
 /** What outlives an orchestrator: the metrics, the checkpoints, and in Redis control, record and jobs. */
 class Ground {
@@ -62,12 +59,9 @@ class Driver {
       checkpoint: { every: 4, keep: 1 }, lossSpike: { factor: 2, window: 2, patience: 1, maxRollbacks: 2 }, ...spec,
     });
     const taken = ground.lines.length > 0;
-    this.workers = ids.map((id): WorkerView => ({ id, incarnation: `${id}-1`, precisions: ['fp32'], state: 'idle', replica, startedAtMs: 0, lastExit: null, heldBy: taken ? 'r' : null }));
+    this.workers = ids.map((id) => worker(id, { replica, heldBy: taken ? 'r' : null }));
     this.state = initialState(
-      {
-        run: 'r', spec: checked, checkpointRoot: 'c', logSteps: 100, maxReplans: 3, maxKills: 3, stepsPerJob: 100, lookupMs: 300, jobTimeoutMs: 2_000,
-        backoffMs: 10, backoffMaximumMs: 10,
-      },
+      { spec: checked, ...SETTINGS },
       {
         record: ground.record, control: ground.control, faults: null, checkpoints: ground.checkpoints, logThrough: ground.checkpoints.at(-1)?.step ?? 0,
         counted: taken ? countLines(ground.lines, presentBranch(ground.lines, []), checked) : null,
@@ -120,8 +114,8 @@ class Driver {
   steps(losses: readonly number[]): this {
     const job = this.last('steps');
     const { epoch, fromStep } = job.data as { epoch: number; fromStep: number };
-    const reports = losses.map((loss, index) => report(fromStep + 1 + index, loss));
-    return this.complete(job, { worker: 'a', epoch, fromStep, stepsDone: reports.length, reports, timings });
+    const reports = losses.map((loss, index) => lossReport(fromStep + 1 + index, loss));
+    return this.complete(job, { worker: 'a', epoch, fromStep, stepsDone: reports.length, reports, timings: TIMINGS });
   }
 
   saved(): this {
@@ -205,8 +199,8 @@ describe('run machine: a rollback', () => {
     const old = driver.last('steps');
     driver.steps(LOSSES.slice(4));
     const { epoch } = driver.state;
-    driver.tell({ type: 'progress', id: old.id, data: { worker: 'a', epoch: 0, report: report(5, 3) } });
-    driver.tell({ type: 'completed', id: old.id, result: { worker: 'a', epoch: 0, fromStep: 4, stepsDone: 1, reports: [report(5, 3)], timings } });
+    driver.tell({ type: 'progress', id: old.id, data: { worker: 'a', epoch: 0, report: lossReport(5, 3) } });
+    driver.tell({ type: 'completed', id: old.id, result: { worker: 'a', epoch: 0, fromStep: 4, stepsDone: 1, reports: [lossReport(5, 3)], timings: TIMINGS } });
     expect(driver.state).to.include({ step: 4, epoch });
     // A job of the present epoch that knows of other rollbacks: the metrics lost lines that Redis did not. It is not taken up, ended or not.
     for (const finished of [false, true]) {
@@ -248,7 +242,7 @@ describe('run machine: a rollback', () => {
 
   it('leaves no home to a replica of the branch before', () => {
     const driver = beforeSpike().steps(LOSSES.slice(4));
-    driver.complete(driver.last('steps'), { worker: 'a', epoch: 1, fromStep: 4, stepsDone: 1, reports: [report(5, 1)], timings });
+    driver.complete(driver.last('steps'), { worker: 'a', epoch: 1, fromStep: 4, stepsDone: 1, reports: [lossReport(5, 1)], timings: TIMINGS });
     for (const [branch, home] of [[undefined, null], [1, 'a']] as const) {
       const next = new Driver(driver.ground, {}, ['a'], { run: 'r', step: 5, ...(branch === undefined ? {} : { branch }) });
       next.ground.jobs.length = 0;
@@ -305,13 +299,13 @@ describe('run machine: a rollback', () => {
   it('compares digests of shards within a branch only', () => {
     const driver = Driver.begin({ lossSpike: { factor: 2, window: 1, patience: 1 }, checkpoint: { every: 0 } }, ['a', 'b']);
     const shard = (digit: string, epoch: number, by = 'a'): void => {
-      const result = { worker: by, epoch, step: 1, shard: 0, lossSum: 1, auxLossSum: [1], expertLoad: [[1]], targetTokens: 4, digest: digit.repeat(32), key: 'k', bytes: 4, timings };
+      const result = { worker: by, epoch, step: 1, shard: 0, lossSum: 1, auxLossSum: [1], expertLoad: [[1]], targetTokens: 4, digest: hex(digit), key: 'k', bytes: 4, timings: TIMINGS };
       driver.tell({ type: 'completed', id: `r.${epoch}.shard.1.0`, result });
     };
     const reduce = (at: number, loss: number): void => {
       const job = driver.last('reduce');
       const { epoch } = job.data as { epoch: number };
-      driver.complete(job, { worker: 'a', epoch, digest: '0'.repeat(32), key: 'k', bytes: 4, report: report(at, loss), timings, shards: [] });
+      driver.complete(job, { worker: 'a', epoch, digest: hex('0'), key: 'k', bytes: 4, report: lossReport(at, loss), timings: TIMINGS, shards: [] });
     };
     shard('1', 0);
     reduce(1, 1);

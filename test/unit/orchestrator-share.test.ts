@@ -3,6 +3,7 @@ import { expect } from 'chai';
 import { array, assert as check, boolean, constantFrom, integer, option, property, record, uniqueArray } from 'fast-check';
 import { shareWorkers } from '../../orchestrator/share.ts';
 import type { Demand, Share, SharedWorker } from '../../orchestrator/share.ts';
+import { worker as workerView } from '../support/machine-table.ts';
 
 const SLICE_MS = 1_000;
 const NOW = 100_000;
@@ -10,9 +11,7 @@ const NOW = 100_000;
 const demand = (run: string, changes: Partial<Demand> = {}): Demand => ({
   run, priority: 100, precision: 'fp32', most: 100, createdAtMs: 0, servedSinceMs: null, waitingSinceMs: NOW, wasServed: false, home: null, excluded: [], ...changes,
 });
-const worker = (id: string, heldBy: string | null = null, changes: Partial<SharedWorker> = {}): SharedWorker => ({
-  id, incarnation: `${id}-1`, precisions: ['fp32'], state: 'idle', replica: null, heldBy, ...changes,
-});
+const worker = (id: string, heldBy: string | null = null, changes: Partial<SharedWorker> = {}): SharedWorker => workerView(id, { heldBy, ...changes });
 const share = (demands: readonly Demand[], workers: readonly SharedWorker[], timeSliceMs = SLICE_MS, nowMs = NOW): Record<string, readonly string[]> =>
   Object.fromEntries([...shareWorkers({ demands, workers, timeSliceMs, nowMs })].map(([run, each]) => [run, each.workers]));
 const served = (run: string, sinceMs: number, changes: Partial<Demand> = {}): Demand => demand(run, { servedSinceMs: sinceMs, waitingSinceMs: null, wasServed: true, ...changes });

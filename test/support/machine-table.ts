@@ -143,7 +143,7 @@ export class Table {
 
   // --- What workers answer -------------------------------------------------------------------------------------------
 
-  fail(job: NewJob, code: ErrorCode, context: ErrorRecord['context'] = {}): this {
+  fail(job: NewJob, code: ErrorRecord['code'], context: ErrorRecord['context'] = {}): this {
     return this.tell({ type: 'failed', id: job.id, error: { code, message: code, context } });
   }
 
@@ -175,8 +175,8 @@ export class Table {
 
   completeEval(loss: number | null): this {
     const job = this.last('eval');
-    const { replica: { epoch, step: at } } = job.data as { replica: { epoch: number; step: number } };
-    return this.tell({ type: 'completed', id: job.id, result: { worker: job.worker!, epoch, step: at, loss, targetTokens: 4, milliseconds: 1 } });
+    const { replica: { step: at } } = job.data as { replica: JobData };
+    return this.tell({ type: 'completed', id: job.id, result: { worker: job.worker!, step: at, loss, targetTokens: 4, milliseconds: 1 } });
   }
 
   completeDigest(job: NewJob, digest: string, weightsDigest: string | null = null): this {

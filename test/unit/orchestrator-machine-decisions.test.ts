@@ -1,41 +1,78 @@
 /**
- * What a run does next when nothing is under way, and how it gives up, pauses, fails and ends (orchestrator/machine-decisions.ts).
- * The arithmetic that it decides by is in orchestrator-plan.test.ts.
+ * What a run does next when nothing is under way: what is due and in which order, whose workers it uses, and what must be written down
+ * first (orchestrator/machine-decisions.ts). How it gives up, pauses, fails and ends is in orchestrator-machine-decisions-end.test.ts;
+ * the arithmetic that it decides by in orchestrator-plan.test.ts.
  */
 import { expect } from 'chai';
-import type { RunSpecInput } from '../../config/run-spec.ts';
 import type { Effect } from '../../orchestrator/run-state.ts';
-import { Table, worker } from '../support/machine-table.ts';
+import { TIMINGS, Table, dataOf, hex, report, worker } from '../support/machine-table.ts';
 
-describe('run machine: planning again', () => {
-  it('a retriable failure is planned again, later each time, and fails the run after maxReplans in a row', () => {
-    const table = new Table({ parallelism: 1 }, ['a']);
-    for (let plan = 0; plan < 3; plan++) {
-      table.fail(table.last('steps'), 'TIMEOUT');
-      expect(table.state.phase).to.equal('running');
-      table.wait(20);
-    }
-    expect(table.added.filter((job) => job.name === 'steps').length).to.equal(4);
-    table.fail(table.last('steps'), 'TIMEOUT');
-    expect(table.state.phase).to.equal('failed');
-    expect(table.state.shown.error).to.have.property('code', 'TIMEOUT');
-    expect(table.effects.at(-1)).to.deep.equal({ type: 'finish' });
+describe('run machine: the order of what is due', () => {
+  it('nothing is decided before recovery has told everything', () => {
+    const table = new Table({ parallelism: 1 }, ['a'], {}, { epoch: 0, command: 'run' }).see(worker('a', { heldBy: 'r' }));
+    const job = new Table({ parallelism: 1 }, ['a']).last('steps');
+    const result = { worker: 'a', epoch: 0, fromStep: 0, stepsDone: 2, reports: [report(1), report(2)], timings: TIMINGS };
+    table.adopt(job, { finished: true }).tell({ type: 'completed', id: job.id, result }).tell({ type: 'tick' });
+    expect(table.counted).to.deep.equal([1, 2]);
+    expect(table.added).to.deep.equal([]);
+    expect(table.tell({ type: 'ready' }).last('steps').data).to.include({ fromStep: 2 });
   });
-});
 
-describe('run machine: a full disk', () => {
-  it('a full disk keeps the old checkpoint and the replica, and pauses the run; resume tries again', () => {
-    const table = new Table({ parallelism: 1, checkpoint: { every: 3 } }, ['a']);
-    table.completeSteps(3).fail(table.last('checkpoint'), 'DISK_FULL');
-    expect(table.state).to.include({ phase: 'paused' });
-    expect(table.state.claims).to.deep.equal(['a']);
-    expect(table.faults).to.deep.equal(['DISK_FULL']);
-    const { id } = table.last('checkpoint');
-    table.wish('resume');
-    expect(table.state.phase).to.equal('running');
-    expect(table.last('checkpoint')).to.deep.include({ worker: 'a', name: 'checkpoint' });
-    expect(table.last('checkpoint').id).not.to.equal(id);
-    expect(table.last('checkpoint').data).to.include({ step: 3 });
+  it('an eval comes before the first step and every N; each once, and none of what it tells is lost', () => {
+    const table = new Table({ parallelism: 1, data: { train: 't', validation: 'v' }, evaluation: { every: 4 } }, ['a']);
+    expect(table.added.map(({ name }) => name)).to.deep.equal(['eval']);
+    table.completeEval(5);
+    expect(table.last('steps').data).to.include({ fromStep: 0, stepCount: 4 });
+    table.completeSteps(4).completeEval(null).completeSteps(4);
+    expect(table.state.shown).to.deep.include({ validation: { step: 0, loss: 5 }, validationBefore: 5 });
+    table.completeEval(3);
+    expect(table.state.shown).to.deep.include({ validation: { step: 8, loss: 3 }, validationBefore: 5 });
+    expect(table.added.map(({ name }) => name)).to.deep.equal(['eval', 'steps', 'eval', 'steps', 'eval', 'steps']);
+    expect(table.all('metrics').flatMap(({ line }) => (line.type === 'eval' ? [[line.step, line.loss]] : []))).to.deep.equal([[0, 5], [4, null], [8, 3]]);
+    expect(table.all('publish').flatMap(({ event }) => (event.type === 'eval' ? [event.step] : []))).to.deep.equal([0, 8]);
+  });
+
+  it('replicas are compared where there are several, and not at the end, whose digest is the run\'s', () => {
+    const table = new Table({ parallelism: 2, steps: 2, compareDigestsEvery: 1 }, ['a', 'b']).completeReduce();
+    const compared = table.added.filter(({ name }) => name === 'digest');
+    expect(compared.map((job) => [job.worker, dataOf(job).step])).to.deep.equal([['a', 1], ['b', 1]]);
+    for (const job of compared) table.completeDigest(job, hex('1'));
+    table.completeReduce().saved();
+    expect(table.added.filter(({ name }) => name === 'digest').map((job) => dataOf(job).step)).to.deep.equal([1, 1, 2]);
+    const alone = new Table({ parallelism: 1, compareDigestsEvery: 1 }, ['a'], { stepsPerJob: 3 }).completeSteps(3);
+    expect(alone.added.map(({ name }) => name)).to.deep.equal(['steps', 'steps']);
+  });
+
+  it('a run whose steps are done ends with the digest of its weights; one without it is no end', () => {
+    const done = (): Table => new Table({ parallelism: 1 }, ['a']).completeSteps(9).saved();
+    const table = done();
+    table.completeDigest(table.last('digest'), hex('1'), hex('2'));
+    expect(table.state).to.include({ phase: 'completed', epoch: 0, command: 'stop' });
+    expect(table.state.shown).to.include({ weightsDigest: hex('2'), error: null });
+    expect(table.state.shown.attempts.at(-1)).to.deep.include({ phase: 'completed', toStep: 9 });
+    expect(table.released).to.deep.equal(['a']);
+    expect(table.effects.at(-1)).to.deep.equal({ type: 'finish' });
+    const without = done();
+    without.completeDigest(without.last('digest'), hex('1'));
+    expect(without.state.shown.error).to.have.property('code', 'MESSAGE_INVALID');
+  });
+
+  it('a version that only one worker has is written down before others join', () => {
+    const table = new Table({ parallelism: 2 }, ['a']).progress(1);
+    table.see(...table.workers, worker('b'));
+    expect(table.commands).to.deep.equal(['run', 'yield']);
+    table.completeSteps(2);
+    expect(table.last('checkpoint')).to.include({ worker: 'a' });
+    table.saved();
+    expect(table.last('reduce').data).to.include({ step: 3 });
+  });
+
+  it('the way is published when it changes, and while the run waits also when its reason does', () => {
+    const table = new Table({ parallelism: 2 }, []).wait(1);
+    const reasons = (): string[] => table.all('publish').flatMap(({ event }) => (event.type === 'way' ? [event.reason] : []));
+    table.see(worker('a', { state: 'draining' })).wait(1).see(worker('a')).completeSteps(0).give('a').completeSteps(1);
+    expect(reasons()).to.deep.equal(['waiting: no live worker', 'waiting: every live worker is draining', 'parallelism is 2, but one worker is free']);
+    expect(table.state.way!.reason).to.equal('parallelism is 2, but one worker is free; shares with another');
   });
 });
 
@@ -86,52 +123,6 @@ describe('run machine: a share of the workers', () => {
   });
 });
 
-describe('run machine: a limit of time', () => {
-  const limited = (spec: Partial<RunSpecInput> = {}, workers = ['a']): Table => new Table({ parallelism: Math.max(1, workers.length), maxDurationSeconds: 10, ...spec }, workers);
-
-  it('ends an attempt at the step boundary, after a checkpoint, with a code of its own', () => {
-    const table = limited().wait(9_999);
-    expect(table.commands).not.to.include('yield');
-    table.wait(1);
-    expect(table.commands.at(-1)).to.equal('yield');
-    expect(table.state.phase).to.equal('running');
-    table.completeSteps(4);
-    expect(table.last('checkpoint').data).to.include({ step: 4 });
-    table.saved();
-    expect(table.state).to.include({ phase: 'failed', step: 4 });
-    expect(table.state.shown.error).to.have.property('code', 'TIME_LIMIT');
-    expect(table.state.shown.attempts.at(-1)).to.deep.include({ number: 1, fromStep: 0, toStep: 4, runningMs: 10_000, phase: 'failed' });
-  });
-
-  it('lets the step of a flow end; what is shared is written down by whoever is there', () => {
-    const table = limited({}, ['a', 'b']).wait(12_000);
-    expect(table.state.phase).to.equal('running');
-    table.completeReduce('stranger');
-    expect(table.last('checkpoint').data).to.include({ step: 1 });
-    expect(table.saved().state.phase).to.equal('failed');
-  });
-
-  it('does not count time in a pause, nor time without an orchestrator', () => {
-    const table = limited().wait(6_000).wish('pause').completeSteps(2);
-    table.saved();
-    expect(table.state.phase).to.equal('paused');
-    table.wait(60_000).wish('resume').wait(3_999);
-    expect(table.state.ending).to.equal(null);
-    table.wait(2);
-    expect(table.state.ending).to.have.property('code', 'TIME_LIMIT');
-  });
-
-  it('fails at once where nobody has anything, and on a disk that is full; a run whose steps are all done completes', () => {
-    expect(limited({}, []).wait(10_000).state.shown.error).to.have.property('code', 'TIME_LIMIT');
-    const full = limited().wait(10_000).completeSteps(1);
-    expect(full.fail(full.last('checkpoint'), 'DISK_FULL').state.shown.error).to.have.property('code', 'TIME_LIMIT');
-    const done = limited().completeSteps(9).wait(20_000);
-    done.saved();
-    expect(done.state.ending).to.equal(null);
-    expect(done.last('digest').data).to.include({ step: 9 });
-  });
-});
-
 describe('run machine: the log of reduced gradients', () => {
   it('is bounded: a checkpoint is brought forward, and what it covers is deleted', () => {
     const table = new Table({}, ['a', 'b'], { logSteps: 2 });
@@ -140,6 +131,29 @@ describe('run machine: the log of reduced gradients', () => {
     table.saved();
     expect(table.effects).to.deep.include({ type: 'trim', from: 0, through: 2 });
     expect(table.last('reduce').data).to.include({ step: 3 });
+    table.completeReduce().completeReduce().saved();
+    expect(table.all('trim')).to.deep.equal([{ type: 'trim', from: 0, through: 2 }, { type: 'trim', from: 2, through: 4 }]);
+  });
+
+  it('that is full waits for the checkpoint, which is begun while a quarter of it is free', () => {
+    const full = new Table({}, ['a', 'b'], { logSteps: 2 }).completeReduce().completeReduce().copied();
+    expect(full.state).to.include({ version: 2, activity: null });
+    const table = new Table({}, ['a', 'b'], { logSteps: 4 }).completeReduce().completeReduce();
+    expect(table.last('reduce').data).to.include({ step: 3 });
+    table.completeReduce();
+    expect(table.last('checkpoint').data).to.include({ step: 3 });
+    table.copied();
+    expect(table.last('reduce').data).to.include({ step: 4 });
+    table.completeReduce();
+    expect(table.state).to.include({ version: 4, activity: null });
+    table.saved();
+    expect(table.last('reduce').data).to.include({ step: 5 });
+  });
+
+  it('is none of a run that computes alone', () => {
+    const table = new Table({ parallelism: 1, checkpoint: { every: 0 } }, ['a'], { logSteps: 2, stepsPerJob: 1 });
+    for (let at = 1; at <= 5; at++) table.completeSteps(1);
+    expect(table.added.map(({ name }) => name)).not.to.include('checkpoint');
   });
 });
 

@@ -68,13 +68,15 @@ describe('run machine: a checkpoint that is written beside the steps', () => {
     const ends: ((table: Table, job: NewJob) => Table)[] = [
       (table, job) => table.fail(job, 'TIMEOUT'),
       (table, { id }) => table.tell({ type: 'missing', id }),
-      (table) => table.tell({ type: 'workers', workers: (table.workers = table.workers.filter(({ id }) => id !== table.last('checkpoint').worker)) }),
+      (table, job) => table.see(...table.workers.filter(({ id }) => id !== job.worker)),
     ];
     for (const [index, end] of ends.entries()) {
-      const table = begun({ parallelism: 2 }, ['a', 'b'], {}).copied();
+      const table = begun({}, ['a', 'b']).copied();
       const { epoch } = table.state;
-      end(table, table.last('checkpoint'));
+      const job = table.last('checkpoint');
+      end(table, job);
       expect(table.state.saving).to.equal(null);
+      expect(table.all('remove').flatMap(({ jobs }) => jobs.map(({ id }) => id))).to.include(job.id);
       expect(table.faults.length).to.equal(index === 2 ? 2 : 1);
       expect(table.state.epoch).to.equal(index === 2 ? epoch + 1 : epoch);
       expect(table.state.checkpoints).to.deep.equal([]);
@@ -99,6 +101,59 @@ describe('run machine: a checkpoint that is written beside the steps', () => {
     expect(table.state.shown.error).to.deep.include({ code: 'TIMEOUT' });
   });
 
+  it('is tried a second time at once, and a third time after a pause', () => {
+    const table = begun({ steps: 3 }, ['a'], { backoffMs: 100, backoffMaximumMs: 1_000 }).copied();
+    const written = (): number => table.added.filter(({ name }) => name === 'checkpoint').length;
+    expect(table.fail(table.last('checkpoint'), 'TIMEOUT').added.filter(({ name }) => name === 'checkpoint').length).to.equal(2);
+    table.copied().fail(table.last('checkpoint'), 'TIMEOUT').wait(99);
+    expect(written()).to.equal(2);
+    table.wait(1);
+    expect(written()).to.equal(3);
+    // One that is complete forgives those that failed.
+    expect(table.copied().saved().state).to.include({ saveFailures: 0, replans: 0 });
+  });
+
+  it('that is complete forgives a failure of one that was not copied yet', () => {
+    const table = begun({ steps: 3 }, ['a'], { maxReplans: 1 });
+    table.fail(table.last('checkpoint'), 'TIMEOUT').saved().fail(table.last('digest'), 'TIMEOUT');
+    expect(table.state.phase).to.equal('running');
+  });
+
+  it('that no attempt cures fails the run', () => {
+    const table = begun().copied();
+    expect(table.fail(table.last('checkpoint'), 'DEVICE_MEMORY').state.shown.error).to.have.property('code', 'DEVICE_MEMORY');
+  });
+
+  it('is looked up when nothing is heard of it, as often as a job under way', () => {
+    const table = begun().copied();
+    const { id } = table.last('checkpoint');
+    const lookups = (): number => table.all('lookup').filter(({ jobs }) => jobs.some((job) => job.id === id)).length;
+    expect(table.wait(299).all('lookup')).to.deep.equal([]);
+    for (const [milliseconds, count] of [[1, 1], [299, 1], [1, 2]] as const) {
+      table.wait(milliseconds);
+      expect(lookups()).to.equal(count);
+    }
+  });
+
+  it('that tells of another step than its own fails the run', () => {
+    const copied = begun();
+    const job = copied.last('checkpoint');
+    const other = { ...job, data: { ...job.data, step: 4 } };
+    expect(copied.copied(other).state.shown.error).to.have.property('code', 'MESSAGE_INVALID');
+    expect(begun().saved(other).state.shown.error).to.have.property('code', 'MESSAGE_INVALID');
+    expect(begun().copied().saved(other).state.shown.error).to.have.property('code', 'MESSAGE_INVALID');
+  });
+
+  it('is void when Redis was started anew: its job is removed, and one of another id is begun', () => {
+    const table = begun({ steps: 3 }).copied();
+    const { id } = table.last('checkpoint');
+    table.tell({ type: 'restarted' });
+    expect(table.state.saving).to.equal(null);
+    expect(table.all('remove').flatMap(({ jobs }) => jobs.map((job) => job.id))).to.deep.equal([id]);
+    expect(table.last('checkpoint').id).not.to.equal(id);
+    expect(table.last('checkpoint').data).to.include({ step: 3 });
+  });
+
   it('that meets a full disk pauses the run at the step boundary, its replica kept; resume checkpoints first', () => {
     const table = begun().copied();
     table.fail(table.last('checkpoint'), 'DISK_FULL');
@@ -120,9 +175,22 @@ describe('run machine: a checkpoint that is written beside the steps', () => {
     const by = table.last('checkpoint').worker!;
     for (const job of table.added.filter((each) => each.name === 'digest')) table.completeDigest(job, hex(job.worker === by ? '2' : '1'));
     expect(table.state.saving).to.include({ unwanted: true });
+    // The version is not written yet, so nobody goes on before it is.
+    expect(table.state.activity).to.equal(null);
     table.saved();
+    expect(table.last('checkpoint').data).to.include({ step: 3 });
+    expect(table.last('checkpoint').worker).not.to.equal(by);
     expect(table.state.checkpoints).to.deep.equal([]);
     expect(table.effects).to.deep.include({ type: 'deleteCheckpoints', directories: ['c/step-3'] });
+  });
+
+  it('is not kept when nobody can say which replica is right', () => {
+    const table = begun({ compareDigestsEvery: 3 }, ['a', 'b']).copied();
+    for (const [index, job] of table.added.filter((each) => each.name === 'digest').entries()) table.completeDigest(job, hex(String(index)));
+    expect(table.state.saving).to.include({ unwanted: true });
+    expect(table.state).to.include({ version: 0, epoch: 1 });
+    table.saved();
+    expect(table.state.checkpoints).to.deep.equal([]);
   });
 
   it('saves computing its steps again when the run had fallen back behind it', () => {
@@ -137,7 +205,8 @@ describe('run machine: a checkpoint that is written beside the steps', () => {
     table.wait(1);
     expect(table.last('steps')).to.include({ worker: 'b' });
     expect(table.last('steps').data).to.include({ fromStep: 0 });
-    table.saved(checkpoint).fail(table.last('steps'), 'TIMEOUT');
+    table.progress(1).saved(checkpoint).fail(table.last('steps'), 'TIMEOUT');
+    expect(table.state.home).to.equal(null);
     expect(table.last('steps').data).to.deep.include({ fromStep: 3, checkpoint: { directory: 'c/step-3', step: 3 } });
   });
 
@@ -157,10 +226,30 @@ describe('run machine: a checkpoint that is written beside the steps', () => {
       expect(table.state.saving).to.include({ step: 3 });
       expect(table.last('steps').data).to.include({ fromStep: 3 });
     }
-    expect(adopt(4, null).state.saving).to.equal(null);
+    // One that an epoch before began and had not copied is not waited for: it is begun again, under another id.
+    const again = adopt(4, null);
+    expect(again.state.saving).to.equal(null);
+    expect(again.last('checkpoint').id).to.equal(jobId('r', 4, 'checkpoint', 3, 3));
     const dead = adopt(0, copied, 7);
     expect(dead.state.saving).to.equal(null);
     expect(dead.faults).to.deep.equal(['WORKER_LOST']);
+  });
+
+  it('is not taken up of a step that did not count, nor when the run has a newer one', () => {
+    const adopt = (steps: readonly number[], counted: number, known: number | null): Table => {
+      const checkpoints = known === null ? [] : [{ directory: `c/step-${known}`, step: known }];
+      const table = new Table({ parallelism: 1 }, ['a'], {}, { epoch: 0, command: 'run' }, counted, { checkpoints }).see(worker('a', { heldBy: 'r' }));
+      const { spec } = table.state.settings;
+      for (const step of steps) {
+        const data = { run: 'r', epoch: 0, checkpoint: null, spec, step, directory: `c/step-${step}` };
+        table.adopt({ queue: 'train', worker: 'a', id: jobId('r', 0, 'checkpoint', step, 0), data }, { progress: { worker: 'a', epoch: 0, step, copied: true } });
+      }
+      return table;
+    };
+    expect(adopt([5], 5, 3).state.saving).to.include({ step: 5 });
+    expect(adopt([5], 4, 3).state.saving).to.equal(null);
+    expect(adopt([5], 6, 5).state.saving).to.equal(null);
+    expect(adopt([5, 4], 6, null).state.saving).to.include({ step: 5 });
   });
 });
 
@@ -180,6 +269,16 @@ describe('run machine: checkpoints that cannot be read', () => {
     expect(table.last('steps').data).to.deep.include({ fromStep: 3, checkpoint: { directory: 'c/step-3', step: 3 } });
     expect(table.state.step).to.equal(6);
     expect(table.state.shown.faults.map((fault) => fault.what)).to.include('checkpoint c/step-6');
+  });
+
+  it('a search brings what the run has counted, and an answer that nobody waits for changes nothing', () => {
+    const table = new Table({ parallelism: 1, checkpoint: { every: 3 } }, ['a']).completeSteps(3).saved();
+    const places = [{ directory: 'c/step-3', step: 3 }, { directory: 'c/step-6', step: 6 }];
+    table.tell({ type: 'checkpoints', good: [], bad: [] });
+    expect(table.state.checkpoints).to.deep.equal(places.slice(0, 1));
+    table.fail(table.last('steps'), 'CHECKPOINT_INVALID').tell({ type: 'checkpoints', good: places, bad: [] });
+    expect(table.state.checkpoints).to.deep.equal(places.slice(0, 1));
+    expect(table.last('steps').data).to.include({ fromStep: 3 });
   });
 
   it('are looked for again when they are the run\'s own, also when none is known any more', () => {

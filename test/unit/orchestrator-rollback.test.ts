@@ -10,6 +10,7 @@ import type { RunSpecInput } from '../../config/run-spec.ts';
 import { countLines, isRollback, presentBranch } from '../../orchestrator/metrics.ts';
 import type { RunLine } from '../../orchestrator/metrics.ts';
 import type { CheckpointPlace, WorkerView } from '../../orchestrator/plan.ts';
+import { isAbandoned } from '../../orchestrator/rollback.ts';
 import { step } from '../../orchestrator/run-machine.ts';
 import { initialState, parseJobId, queuedRecord, recordOf } from '../../orchestrator/run-state.ts';
 import type { Effect, NewJob, RunState } from '../../orchestrator/run-state.ts';
@@ -318,6 +319,12 @@ describe('run machine: a rollback', () => {
     expect(driver.codes).to.deep.equal(['LOSS_SPIKE', 'REPLICA_DIVERGED']);
   });
 
+  it('gives up what was reported of the steps beyond its target before it, and nothing else', () => {
+    const rollbacks = [{ atMs: 0, branch: 1, fromStep: 6, toStep: 4, epoch: 2, loss: 9, threshold: 2 }];
+    const cases = [[4, 1, false], [5, 1, true], [7, 1, true], [5, 2, false]] as const;
+    for (const [at, epoch, abandoned] of cases) expect(isAbandoned(rollbacks, at, epoch), `step ${at} of epoch ${epoch}`).to.equal(abandoned);
+  });
+
   it('comes no more often than the spec allows; then the run fails, also by the hand of the next orchestrator', () => {
     const spec = { lossSpike: { factor: 2, window: 2, patience: 1, maxRollbacks: 1 } };
     const driver = beforeSpike(spec).steps(LOSSES.slice(4));
@@ -327,6 +334,8 @@ describe('run machine: a rollback', () => {
     driver.steps([9, 9, 9, 9]);
     expect(driver.state.shown.error).to.include({ code: 'LOSS_SPIKE' });
     expect(driver.state.shown.error!.context).to.deep.equal({ step: 5, toStep: 4, loss: 9, threshold: 2, rollbacks: 1 });
+    expect(driver.state.shown.error!.message).to.contain('rolled back as often as lossSpike.maxRollbacks allows, 1 times');
+    expect(driver.state.shown.faults[0]!.error.message).to.contain('the run goes back to step 4');
     expect(linesOf(driver.ground).slice(6)).to.deep.equal(['6 to 4', 5]);
     const next = new Driver(driver.ground, spec).recover();
     expect(next.state).to.include({ phase: 'failed', step: 5 });

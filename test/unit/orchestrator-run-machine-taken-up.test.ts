@@ -63,6 +63,10 @@ describe('run machine: what an orchestrator before left', () => {
     const checkpoint = (step: number): Table => found({ id: jobId('r', 0, 'checkpoint', step, 0) }, { ...origin, step, directory: `c/step-${step}` }, { counted: 3 });
     expect(checkpoint(3).state.activity).to.include({ kind: 'checkpoint', step: 3 });
     expect(checkpoint(2).state).to.include({ activity: null, epoch: 1 });
+    // One that lies on the disk already: its orchestrator died before it heard of it.
+    const known = new Table({ parallelism: 1 }, ['a'], {}, { epoch: 0, command: 'run' }, 3, { checkpoints: [{ directory: 'c/step-3', step: 3 }] });
+    known.adopt({ queue: 'train', worker: 'a', id: jobId('r', 0, 'checkpoint', 3, 0), data: { ...origin, step: 3, directory: 'c/step-3' } });
+    expect(known.state).to.include({ activity: null, epoch: 1 });
   });
 
   it('a flow that ended is heard if it is of the next step, and brings what is shared no further than it was without a gap', () => {

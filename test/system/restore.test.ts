@@ -111,6 +111,8 @@ describe('orchestrator: what Redis lost', function () {
     await replaceRedis();
     const restored = await cluster.client.restore(['damaged', 'good', 'nobody', 'renamed']);
     expect(restored.map(({ outcome, error }) => [outcome, error?.code])).to.deep.equal([['refused', 'SPEC_INVALID'], ['restored', undefined], ['refused', 'RUN_NOT_FOUND'], ['refused', 'RUN_STATE']]);
+    // Who was there is back, too: BullMQ cannot close a worker whose connection is just waiting to be opened anew.
+    await (await cluster.client.train(cluster.spec('next'))).wait();
   });
 
   it('goes on from metrics and checkpoints alone, and without metrics from the checkpoints', async () => {

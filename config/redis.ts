@@ -120,9 +120,24 @@ function refusal(error: Error, url: string): NnError {
 
 const oneLine = (text: string): string => text.trim().split('\n')[0]!;
 
+/**
+ * Makes a connection one that can be ended at any time. One that waits to be opened anew has no socket whose end could be heard
+ * of: told to disconnect, it would neither open nor end, and who waits for its `end`, as BullMQ's workers do, would wait for ever.
+ */
+function endable(redis: Redis): Redis {
+  return Object.assign(redis, {
+    disconnect: (reconnect = false): void => {
+      if (redis.status === 'reconnecting' && !reconnect) redis.status = 'wait'; // from which ioredis ends at once
+      Redis.prototype.disconnect.call(redis, reconnect);
+    },
+    /** What BullMQ makes of the connection that it is given, for its blocking commands. */
+    duplicate: (changes?: Partial<RedisOptions>): Redis => endable(new Redis({ ...redis.options, ...changes })),
+  });
+}
+
 /** A connection that is not yet open (it opens at its first command) and never fails by an unhandled 'error' event. */
 export function openRedis(url: string, config: Config, purpose: Purpose, onError: (error: Error) => void = () => undefined): Redis {
-  const redis = new Redis(connectionOptions(url, config, purpose));
+  const redis = endable(new Redis(connectionOptions(url, config, purpose)));
   redis.on('error', onError);
   return redis;
 }

@@ -4,6 +4,7 @@
  * directories do not hold too, so it may be killed at any time.
  */
 import { join, resolve } from 'node:path';
+import { setTimeout as pause } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import { toErrorRecord } from '../config/errors.ts';
 import { keys } from '../config/keys.ts';
@@ -126,13 +127,35 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
   return {
     stop: async () => {
       clearInterval(timer);
-      await serving.stop();
       clearInterval(policyTimer);
+      const disconnect = (): void => {
+        for (const connection of new Set([subscriber, exchangeRedis, redis])) connection.disconnect();
+      };
+      const stopped = serving.stop();
+      if (await silent(redis, config.orchestrator.runLockMs, stopped)) {
+        logger.warn('Redis does not answer: runs are not given back, another orchestrator takes them when their locks are over');
+        disconnect();
+      }
+      await stopped;
       watch.stop();
       await queues.close();
-      for (const connection of new Set([subscriber, exchangeRedis, redis])) connection.disconnect();
+      disconnect();
     },
   };
+}
+
+/** Whether Redis leaves a question without an answer for `milliseconds`, until `over` settles. */
+async function silent(redis: Redis, milliseconds: number, over: Promise<unknown>): Promise<boolean> {
+  const done = over.then(() => false, () => false);
+  for (;;) {
+    let timer: NodeJS.Timeout | undefined;
+    const late = new Promise<true>((resolve) => {
+      timer = setTimeout(() => resolve(true), milliseconds);
+    });
+    const answered = redis.ping().then(() => pause(milliseconds / 4, null, { ref: false }), () => null);
+    const heard = await Promise.race([done, late, answered]).finally(() => clearTimeout(timer));
+    if (heard !== null) return heard;
+  }
 }
 
 /** Names the process of Redis that answers; the empty string when it does not say. */

@@ -17,7 +17,7 @@ import { join, relative, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
 import { packageRoot } from '../config/schema.ts';
 
-/** What the reporter writes of one file. */
+/** What the reporter writes of one file: titles, those that failed with the first line of why. */
 interface Report {
   readonly passed: number;
   readonly failed: readonly string[];

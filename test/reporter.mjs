@@ -16,7 +16,7 @@ export default class Reporter extends Spec {
     const failed = [];
     const { report } = options.reporterOptions ?? {};
     runner.on(EVENT_TEST_PENDING, (test) => skipped.push(test.fullTitle()));
-    runner.on(EVENT_TEST_FAIL, (test) => failed.push(test.fullTitle()));
+    runner.on(EVENT_TEST_FAIL, (test, error) => failed.push(`${test.fullTitle()}: ${String(error?.message ?? error).split('\n')[0]}`));
     runner.once(EVENT_RUN_END, () => {
       const { passes, failures } = runner.stats;
       if (report !== undefined) return writeFileSync(report, JSON.stringify({ passed: passes, failed, skipped }));

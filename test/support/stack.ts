@@ -8,6 +8,7 @@ import type { ChildProcess } from 'node:child_process';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { TERMINAL_PHASES } from '../../config/messages.ts';
 import type { RunRecord } from '../../config/messages.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
 import { loadConfig } from '../../config/schema.ts';
@@ -193,6 +194,13 @@ export class Stack {
 
   reached(run: string, step: number, deadlineMs = 30_000): Promise<void> {
     return until(`step ${step} of ${run}`, () => this.counted(run) >= step, deadlineMs);
+  }
+
+  /** After each test: what a failed one left under way is cancelled, so that it takes no worker from the next. */
+  async settle(): Promise<void> {
+    for (const { run, phase } of await this.client.runs()) {
+      if (!TERMINAL_PHASES.includes(phase)) await this.client.run(run).cancel();
+    }
   }
 
   async stop(): Promise<void> {

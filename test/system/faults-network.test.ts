@@ -28,6 +28,7 @@ describe('faults: Redis and the network', function () {
     await stack.train('calm', { ...SPEC, parallelism: 1 });
     reference = (await stack.finish('calm')).weightsDigest!;
   });
+  afterEach(() => stack.settle());
   after(() => stack?.stop());
 
   const pause = (milliseconds: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, milliseconds));

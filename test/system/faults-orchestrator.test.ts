@@ -51,6 +51,7 @@ describe('faults: orchestrators', function () {
     reference = (await stack.finish('calm')).weightsDigest!;
     trace = await Trace.open(stack.redis.queues);
   });
+  afterEach(() => stack.settle());
   after(async () => {
     trace?.close();
     await stack?.stop();

@@ -37,7 +37,7 @@ describe('stopping while Redis is away', function () {
   });
 
   it('an orchestrator and workers that are stopped amid a run end; others finish it, to the same weights', async () => {
-    const spec = { steps: 40, checkpoint: { every: 10, keep: 2 }, parallelism: 1 };
+    const spec = { steps: 400, checkpoint: { every: 100, keep: 2 }, parallelism: 1 };
     await cluster.client.train(tinySpec(cluster, 'calm', spec));
     const calm = await cluster.client.run('calm').ended();
     expect(calm.phase).to.equal('completed');
@@ -46,6 +46,7 @@ describe('stopping while Redis is away', function () {
     await cluster.redis.kill();
     expect(await milliseconds(() => Promise.all([cluster.stopOrchestrator(), cluster.supervisor.stop()]))).to.be.below(RUN_LOCK_MS + MARGIN_MS);
     await cluster.redis.start();
+    expect((await run.record()).phase).to.equal('running');
     await cluster.startOrchestrator();
     await cluster.join(1);
     const { phase, weightsDigest } = await run.ended();

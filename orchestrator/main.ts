@@ -4,7 +4,6 @@
  * directories do not hold too, so it may be killed at any time.
  */
 import { join, resolve } from 'node:path';
-import { setTimeout as pause } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import { toErrorRecord } from '../config/errors.ts';
 import { keys } from '../config/keys.ts';
@@ -144,18 +143,20 @@ export async function startOrchestrator({ config, logger }: { config: Config; lo
   };
 }
 
-/** Whether Redis leaves a question without an answer for `milliseconds`, until `over` settles. */
-async function silent(redis: Redis, milliseconds: number, over: Promise<unknown>): Promise<boolean> {
-  const done = over.then(() => false, () => false);
-  for (;;) {
-    let timer: NodeJS.Timeout | undefined;
-    const late = new Promise<true>((resolve) => {
-      timer = setTimeout(() => resolve(true), milliseconds);
-    });
-    const answered = redis.ping().then(() => pause(milliseconds / 4, null, { ref: false }), () => null);
-    const heard = await Promise.race([done, late, answered]).finally(() => clearTimeout(timer));
-    if (heard !== null) return heard;
-  }
+/** Whether Redis answers nothing for `milliseconds` before `over` settles. */
+function silent(redis: Redis, milliseconds: number, over: Promise<unknown>): Promise<boolean> {
+  return new Promise((resolve) => {
+    let heardAtMs = performance.now();
+    const timer = setInterval(() => {
+      if (performance.now() - heardAtMs > milliseconds) end(true);
+      else redis.ping().then(() => (heardAtMs = performance.now()), () => undefined);
+    }, milliseconds / 8);
+    const end = (unheard: boolean): void => {
+      clearInterval(timer);
+      resolve(unheard);
+    };
+    over.then(() => end(false), () => end(false));
+  });
 }
 
 /** Names the process of Redis that answers; the empty string when it does not say. */

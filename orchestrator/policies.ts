@@ -29,11 +29,13 @@ export class Policies {
     return () => this.#listeners.delete(heard);
   }
 
-  /** One look at each server; none while the last is still waiting for an answer. Never throws. */
+  /** One look at each server that is there; none while the last is still waiting for an answer. Never throws. */
   async look(): Promise<void> {
     if (this.#looking) return;
     this.#looking = true;
     for (const [url, redis] of this.#servers) {
+      // ioredis sends INFO while a connection is being opened, and never answers it when the opening fails.
+      if (redis.status !== 'ready') continue;
       try {
         await requirePolicy(redis, url);
         this.#wrong.delete(url);

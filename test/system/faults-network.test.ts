@@ -2,10 +2,16 @@
  * Redis that dies, is full, stands still or is changed under way, and a network that goes silent: everything waits and goes
  * on. Each run ends with the weights of the undisturbed one, and its history shows that each (step, shard) counted once.
  */
+import { expect } from 'chai';
+import { pino } from 'pino';
+import { openRedis } from '../../config/redis.ts';
 import type { RunSpecInput } from '../../config/run-spec.ts';
-import { Stack } from '../support/stack.ts';
+import { Policies } from '../../orchestrator/policies.ts';
+import { Proxy } from '../support/proxy.ts';
 import type { Silence } from '../support/proxy.ts';
+import { PASSWORD } from '../support/redis.ts';
 import type { RedisServer } from '../support/redis.ts';
+import { Stack } from '../support/stack.ts';
 import { until } from '../support/wait.ts';
 
 const STEPS = 30;
@@ -121,6 +127,30 @@ describe('faults: Redis and the network', function () {
     for (const server of servers) await server.call('CONFIG', 'SET', 'maxmemory', '0');
   };
   it('a Redis out of memory for a while (flow)', () => disturbed('memory', 2, () => full([stack.redis.queues, stack.redis.exchange])));
+
+  it('an eviction policy is still looked for after a look met a connection that could not be opened', async () => {
+    const proxy = await Proxy.listen(stack.redis.queues.socket);
+    const redis = openRedis(`redis://:${PASSWORD}@127.0.0.1:${proxy.port}`, stack.config, 'blocking');
+    const policies = new Policies(new Map([['there', redis]]), pino({ level: 'silent' }));
+    const heard: string[] = [];
+    policies.listen((what, { code }) => heard.push(`${what}: ${code}`));
+    try {
+      await redis.ping();
+      proxy.silence('both');
+      redis.disconnect(true);
+      await until('a connection that is being opened', () => redis.status === 'connect');
+      void policies.look();
+      proxy.cut();
+      await redis.ping();
+      await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'allkeys-lru');
+      await policies.look();
+      expect(heard).to.deep.equal(['Redis: REDIS_POLICY']);
+    } finally {
+      await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'noeviction');
+      redis.disconnect();
+      await proxy.close();
+    }
+  });
 
   it('an eviction policy that is changed under way is noticed, and told in the record', async () => {
     // Looked for twice a second: the run takes several.

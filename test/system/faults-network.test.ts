@@ -128,6 +128,16 @@ describe('faults: Redis and the network', function () {
   };
   it('a Redis out of memory for a while (flow)', () => disturbed('memory', 2, () => full([stack.redis.queues, stack.redis.exchange])));
 
+  /** Does something while the queues' Redis may evict keys. */
+  const evicting = async (work: () => Promise<void>): Promise<void> => {
+    await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'allkeys-lru');
+    try {
+      await work();
+    } finally {
+      await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'noeviction');
+    }
+  };
+
   it('an eviction policy is still looked for after a look met a connection that could not be opened', async () => {
     const proxy = await Proxy.listen(stack.redis.queues.socket);
     const redis = openRedis(`redis://:${PASSWORD}@127.0.0.1:${proxy.port}`, stack.config, 'blocking');
@@ -142,11 +152,9 @@ describe('faults: Redis and the network', function () {
       void policies.look();
       proxy.cut();
       await redis.ping();
-      await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'allkeys-lru');
-      await policies.look();
+      await evicting(() => policies.look());
       expect(heard).to.deep.equal(['Redis: REDIS_POLICY']);
     } finally {
-      await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'noeviction');
       redis.disconnect();
       await proxy.close();
     }
@@ -160,18 +168,13 @@ describe('faults: Redis and the network', function () {
     const name = 'policy';
     await stack.train(name, long);
     await stack.reached(name, 5);
-    await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'allkeys-lru');
-    try {
-      const noticed = async (): Promise<boolean> => {
-        const { faults, phase, step, epoch, way } = await stack.client.run(name).record();
-        if (faults.some(({ error }) => error.code === 'REDIS_POLICY')) return true;
-        if (phase === 'completed') throw new Error(`the run was over first: ${JSON.stringify({ step, epoch, way, faults })}`);
-        return false;
-      };
-      await until('the fault', noticed, 60_000);
-    } finally {
-      await stack.redis.queues.call('CONFIG', 'SET', 'maxmemory-policy', 'noeviction');
-    }
+    const noticed = async (): Promise<boolean> => {
+      const { faults, phase, step, epoch, way } = await stack.client.run(name).record();
+      if (faults.some(({ error }) => error.code === 'REDIS_POLICY')) return true;
+      if (phase === 'completed') throw new Error(`the run was over first: ${JSON.stringify({ step, epoch, way, faults })}`);
+      return false;
+    };
+    await evicting(() => until('the fault', noticed, 60_000));
     await stack.prove(name, weightsDigest!);
   });
 });
